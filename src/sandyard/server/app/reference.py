@@ -3,8 +3,13 @@
 import inspect
 import json
 import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from importlib.metadata import version as package_version
 from pathlib import Path
+from typing import Annotated, Literal
 
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from pydantic import BaseModel
@@ -30,9 +35,9 @@ def settings_page() -> str:
         "# Settings\n", _MADE,
         "A value comes from, first to last: the environment, `config.toml` in the home, the "
         "default. In `config.toml` a section is a table: `[http]`, then `port = 8081`. A key that "
-        "is not known is an error.\n",
-        "| Environment | Default | Meaning |",
-        "|---|---|---|",
+        "is not known is an error. In the environment, lists and tables are JSON.\n",
+        "| Environment | Values | Default | Meaning |",
+        "|---|---|---|---|",
     ]  # fmt: skip
     lines += _rows(Settings, "SANDYARD_")
     return "\n".join(lines) + "\n"
@@ -45,15 +50,54 @@ def _rows(model: type[BaseModel | BaseSettings], prefix: str) -> list[str]:
         if inspect.isclass(kind) and issubclass(kind, BaseModel):
             rows += _rows(kind, f"{prefix}{name.upper()}__")
         else:
-            default = "" if field.default is None else f"`{_shown(field.default)}`"
-            rows.append(f"| `{prefix}{name.upper()}` | {default} | {field.description} |")
+            default = "" if field.default in (None, "") else f"`{_shown(field.default)}`"
+            values = _values(field.annotation, field.metadata)
+            rows.append(
+                f"| `{prefix}{name.upper()}` | {values} | {default} | {field.description} |"
+            )
     return rows
 
 
-def _shown(default: object) -> object:
+def _shown(default: object) -> str:
+    """Return a default as it is written in `config.toml`."""
     if isinstance(default, dict):
         return ", ".join(default)
-    return default
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple):
+        return json.dumps(default)
+    return str(default)
+
+
+def _values(kind: object, bounds: Sequence[object] = ()) -> str:
+    """Return which values a setting of a type may have."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _values(next(one for one in arguments if one is not type(None)), bounds)
+    if origin is Annotated:
+        return _values(arguments[0], arguments[1:])
+    if origin is Literal:
+        return ", ".join(f"`{one}`" for one in arguments)
+    if origin in (tuple, list, Sequence):
+        return f"a list of {_values(arguments[0])}"
+    if origin in (dict, Mapping):
+        return "a table"
+    if kind is bool:
+        return "`true`, `false`"
+    if kind in (int, float, Decimal):
+        return " ".join(["a whole number" if kind is int else "a number", *_bounds(bounds)])
+    return "a path" if kind is Path else "text"
+
+
+def _bounds(bounds: Sequence[object]) -> list[str]:
+    """Return a number's bounds in words."""
+    words = {"ge": "from", "gt": "over", "le": "to", "lt": "under"}
+    return [
+        f"{word} {getattr(one, name)}"
+        for name, word in words.items()
+        for one in bounds
+        if getattr(one, name, None) is not None
+    ]
 
 
 def errors_page() -> str:
