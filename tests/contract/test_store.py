@@ -1846,6 +1846,35 @@ async def test_whoever_does_not_beat_is_lost_until_it_does(store: Store) -> None
     assert (back.has_lease, back.lost_at) == (True, None)
 
 
+async def test_what_ends_on_a_lost_node_waits_until_the_node_is_back(store: Store) -> None:
+    await joined(store)
+    ending = [sandbox(node_id="node-1", status=one) for one in (Status.DESTROYING, Status.PAUSING)]
+    starting = sandbox(node_id="node-1", status=Status.CREATING)
+    elsewhere = sandbox(node_id="node-2", status=Status.DESTROYING)  # of a single host: not joined
+    async with store.write(Turn.ALONE) as tx:
+        for one in (*ending, starting, elsewhere):
+            await tx.sandboxes.insert(one)
+
+    async def claimed(lease: str) -> set[str]:
+        async with store.write(Turn.SHARED) as tx:
+            wanted = frozenset({Status.DESTROYING, Status.PAUSING, Status.CREATING})
+            found = await tx.leases.claim(wanted, hold=held(lease), limit=9)
+            for one in found:
+                assert await tx.leases.extend(one.sandbox.id, lease=lease, lasts=None)
+            assert await tx.leases.waits(frozenset({Status.PAUSING})) == (len(found) == 4)
+        return {one.sandbox.id for one in found}
+
+    everything = {one.id for one in (*ending, starting, elsewhere)}
+    assert await claimed("a") == everything
+    await started(store, HERE, -2 * SECOND)
+    async with store.write(Turn.SHARED) as tx:
+        assert await tx.joined_nodes.lose(grace=SECOND) == ["node-1"]
+    assert await claimed("b") == {starting.id, elsewhere.id}
+    async with store.write(Turn.SHARED) as tx:
+        assert await tx.joined_nodes.beat({("node-1", 1)}, lasts=60 * SECOND)
+    assert await claimed("c") == everything
+
+
 async def test_no_lease_outlives_its_holder_because_the_clock_was_set_back(
     store: Store, url: str
 ) -> None:

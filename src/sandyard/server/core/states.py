@@ -124,6 +124,9 @@ HIDDEN = frozenset({Status.DESTROYED, Status.ORPHANED})
 ON_ITS_WAY_UP = frozenset({Status.PENDING, Status.CREATING, Status.RESUMING})
 """A caller that needs a running sandbox may wait for these."""
 
+ENDING = frozenset({Status.PAUSING, Status.DESTROYING})
+"""Work on these waits for a node that is lost; other work goes to another node."""
+
 BILLED = frozenset({Status.RUNNING})
 """Compute is charged in these and in no others: exactly here a usage period is open."""
 

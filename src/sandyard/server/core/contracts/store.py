@@ -163,12 +163,13 @@ class LeaseRows(Protocol):
     async def claim(self, statuses: frozenset[Status], *, hold: Hold, limit: int) -> list[Claim]:
         """Lease up to `limit` sandboxes of these statuses that are not leased, the stalest first.
 
-        One that is being written at that moment is skipped.
+        One that is being written at that moment is skipped, and so are those that are ending on a
+        lost node: there is nothing to do until it is back.
         """
         ...
 
     async def waits(self, statuses: frozenset[Status]) -> bool:
-        """Tell whether there is a sandbox of these statuses that is not leased."""
+        """Tell whether there is a sandbox of these statuses for `claim`."""
         ...
 
     async def extend(self, sandbox_id: str, *, lease: str, lasts: timedelta | None) -> bool:

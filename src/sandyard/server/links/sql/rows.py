@@ -55,7 +55,7 @@ from sandyard.server.core.records import (
     Ticket,
 )
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.states import HIDDEN, Status
+from sandyard.server.core.states import ENDING, HIDDEN, Status
 from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.prepared import Prepared, Values
 from sandyard.server.links.sql.seal import Seal
@@ -741,6 +741,7 @@ def _owners(column: ColumnElement[str]) -> ScalarSelect[str]:
 
 _KNOWN: Final = frozenset(one.value for one in Status)  # a newer server may write others
 _c = t.sandboxes.c
+_node = t.joined_nodes.c
 _known = (_c.id == bindparam("known_id"), _c.version == bindparam("known_version"))
 _written: dict[str, Any] = {
     one.name: bindparam(one.name)
@@ -838,9 +839,14 @@ _is_free = or_(
 
 
 def _waiting(statuses: frozenset[Status]) -> Select[Any]:
+    lost = select(_node.id).where(_node.id == _c.node_id, _node.lost_at.is_not(None))
     return (
         select(_c.id)
-        .where(t.is_any_of(sorted(statuses)), _is_free)
+        .where(
+            t.is_any_of(sorted(statuses)),
+            _is_free,
+            or_(~t.is_any_of(sorted(ENDING)), ~lost.exists()),
+        )
         .order_by(_c.updated_at)
         .limit(bindparam("most", type_=Integer))
     )

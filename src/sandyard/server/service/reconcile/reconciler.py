@@ -19,7 +19,7 @@ from sandyard.server.core.contracts.store import Hold, Turn
 from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.records import Claim, Mark
-from sandyard.server.core.states import Event, Status
+from sandyard.server.core.states import ENDING, Event, Status
 from sandyard.server.service.reconcile.compare import (
     EXPIRED,
     WATCHED,
@@ -45,7 +45,6 @@ def topic_of_node(node_id: str) -> str:
 _NOTED_EVERY_S = 4.0
 _LEFT_AFTER_S = 10.0
 _STARTING = frozenset({Status.PENDING, Status.CREATING, Status.RESUMING})
-_ENDING = frozenset({Status.DESTROYING, Status.PAUSING})
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,6 @@ class Pace:
     period_s: float = 2.0
     lease_s: float = 30.0
     retry_s: float = 2.0
-    lost_s: float = 20.0
-    """How long what is on a node that was given up is left alone."""
     start_limit_s: float = 300.0
     workers: int = 64
     patience: SilenceLimits = field(default_factory=SilenceLimits)
@@ -152,7 +149,7 @@ class Reconciler:
             self._carry_out(claim), "unexpected error while working on a sandbox; retrying"
         )
         # Deletes and pauses take no slot of starts: while a node is away, they last long.
-        if task is not None and claim.sandbox.status in _ENDING:
+        if task is not None and claim.sandbox.status in ENDING:
             task.add_done_callback(lambda _: self._has_ended())
         elif task is not None:
             self._starting += 1
@@ -180,11 +177,11 @@ class Reconciler:
         try:
             async with self._store.glance() as tx:
                 # A write waits for the disk, and most polls find nothing.
-                wanted = _ENDING | _STARTING if room > 0 else _ENDING
+                wanted = ENDING | _STARTING if room > 0 else ENDING
                 if not await tx.leases.waits(wanted):
                     return []
             async with self._store.write(Turn.SHARED) as tx:
-                claims = await tx.leases.claim(_ENDING, hold=hold, limit=self._pace.workers)
+                claims = await tx.leases.claim(ENDING, hold=hold, limit=self._pace.workers)
                 self._more_end = len(claims) == self._pace.workers
                 if room > 0:
                     claims += await tx.leases.claim(_STARTING, hold=hold, limit=room)
@@ -214,14 +211,13 @@ class Reconciler:
                 error.message,
                 extra={"sandbox_id": claim.sandbox.id},
             )
-            is_lost = self._nodes.is_lost(claim.sandbox.node_id)
-            await self._try_again_later(claim, self._pace.lost_s if is_lost else None)
+            await self._try_again_later(claim)
         except Exception:  # the crew logs it
             await self._try_again_later(claim)
             raise
 
-    async def _try_again_later(self, claim: Claim, after_s: float | None = None) -> None:
-        lasts = timedelta(seconds=self._pace.retry_s if after_s is None else after_s)
+    async def _try_again_later(self, claim: Claim) -> None:
+        lasts = timedelta(seconds=self._pace.retry_s)
         try:
             async with self._store.write(Turn.SHARED) as tx:
                 await tx.leases.extend(claim.sandbox.id, lease=claim.lease, lasts=lasts)
