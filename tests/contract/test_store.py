@@ -2020,6 +2020,11 @@ async def test_the_installation_keeps_secrets_of_its_own(store: Store) -> None:
         await tx.secrets.add("authority", {"key": "k", "certificate": "ü"})
     async with store.read() as tx:
         assert await tx.secrets.find("authority") == {"key": "k", "certificate": "ü"}
+    async with store.write(Turn.ALONE) as tx:
+        await tx.secrets.replace("authority", {"key": "new"})
+        await tx.secrets.replace("nothing", {"key": "new"})
+        assert await tx.secrets.find("authority") == {"key": "new"}
+        assert await tx.secrets.find("nothing") is None
     with pytest.raises(InternalError):
         async with store.write(Turn.ALONE) as tx:
             await tx.secrets.add("authority", {"key": "other"})

@@ -23,6 +23,7 @@ from sandyard.server.core.contracts.cluster import (
     Identity,
     Joining,
     Welcome,
+    trust_of,
 )
 from sandyard.server.core.contracts.node import NodeView
 from sandyard.server.core.contracts.store import Store, Turn
@@ -119,7 +120,7 @@ async def a_door(yard: Yard, installation: Installation) -> AsyncIterator[int]:
         address="127.0.0.1",
         port=0,
         tls=tls,
-        authority=installation.authority.certificate.decode(),
+        authority=installation.authority.certificate.decode,
         node_of=installation.node_of,
     ) as port:
         yield port
@@ -207,7 +208,7 @@ async def test_a_host_tells_its_secret_to_nobody_else(yard: Yard) -> None:
     tls.verify_mode = ssl.CERT_NONE
     async with opened_door(
         yard.fleet, address="127.0.0.1", port=0, tls=tls,
-        authority=both.authority.certificate.decode(), node_of=lambda _: None,
+        authority=both.authority.certificate.decode, node_of=lambda _: None,
     ) as port:  # fmt: skip
         yard.port = port
         with pytest.raises(SandyardError, match="cannot"):
@@ -479,16 +480,17 @@ class Presences:
         self.trouble: SandyardError | None = None
         self.said: list[str] = []
         self.takes_s = 0.0
+        self.authority = self.trusted_by_beats = "a"
         self._clock = clock
 
     async def hello(self, node_id: str, hello: Hello) -> Welcome:
         await self._say("hello")
-        identity = Identity(node_id, "i", "c", "a", "n", "t")
+        identity = Identity(node_id, "i", "c", self.authority, "n", "t")
         return Welcome(1, LEASE_S, identity, "door:1")
 
     async def beat(self, node_id: str, beat: Beat) -> Grant:
         await self._say("beat")
-        return Grant(LEASE_S, "door:2")
+        return Grant(LEASE_S, "door:2", trust_of(self.trusted_by_beats, "", "n"))
 
     async def _say(self, word: str) -> None:
         self.said.append(word)
@@ -540,6 +542,23 @@ async def test_a_node_counts_its_lease_from_before_it_asked(tmp_path: Path) -> N
         way.trouble = UnavailableError("nobody answers")
         await drive(clock, LEASE_S + 1)
         assert not membership.has_lease
+
+
+async def test_a_node_asks_for_papers_of_another_authority_once_a_beat() -> None:
+    clock = DrivenClock()
+    way = Presences(clock)
+    async with a_membership(clock, way):
+        await drive(clock, 3)
+        assert way.said.count("hello") == 1
+        way.trusted_by_beats = "b"  # of a control plane that knows it before the other does
+        way.said.clear()
+        await drive(clock, 10)
+        assert 3 <= way.said.count("hello") <= 11
+        way.authority = "b"
+        await drive(clock, 3)
+        way.said.clear()
+        await drive(clock, 10)
+        assert "hello" not in way.said
 
 
 async def test_where_the_first_way_is_closed_the_second_serves(

@@ -50,7 +50,7 @@ class NatsServer:
         config.write_text(
             config_of(
                 installation="test", operator=self.operator, account=self.account,
-                now=datetime.now(UTC), host="127.0.0.1", port=self.port,
+                host="127.0.0.1", port=self.port,
             )
         )  # fmt: skip
         with (self.folder / "nats.log").open("ab") as log:

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,10 @@ quarantine = typer.Typer(
     help="Machines that a database restored from a backup does not know.", no_args_is_help=True
 )
 app.add_typer(quarantine, name="quarantine")
+authority = typer.Typer(
+    no_args_is_help=True, help="Replace the certificate authority of several hosts."
+)
+app.add_typer(authority, name="authority")
 # What is read by a program is not cut off at a terminal's width.
 out = Console(
     width=None if sys.stdout and sys.stdout.isatty() else 250, highlight=False, markup=False
@@ -450,6 +454,43 @@ def nats_config(
         )
     )
     typer.echo(f"nats-server -c {written}")
+
+
+def _show_authorities(work: Callable[[Any, Any], Coroutine[Any, Any, Any]]) -> None:
+    found: Any = asyncio.run(work(server_module("authorities"), server_settings()))
+    rows = [
+        (one.whose, one.state, f"{one.expires_at:%Y-%m-%d}", one.fingerprint[:16])
+        for one in found.trusted
+    ]
+    show_table(("authority of", "state", "expires", "fingerprint"), rows)
+    out.print(f"next: {found.next_step}")
+
+
+Sure = Annotated[bool, typer.Option("--yes", help="Also if a host did not take the last step.")]
+
+
+@authority.command("show")
+def show_authority() -> None:
+    """Show the certificate authorities that hosts trust."""
+    _show_authorities(lambda own, settings: own.authorities(settings))
+
+
+@authority.command("add")
+def add_authority() -> None:
+    """Have all hosts trust a new authority beside the one in use: the first of three steps."""
+    _show_authorities(lambda own, settings: own.add_authority(settings))
+
+
+@authority.command("use")
+def use_authority(yes: Sure = False) -> None:
+    """Have all hosts get certificates of the new authority: the second step."""
+    _show_authorities(lambda own, settings: own.use_authority(settings, is_sure=yes))
+
+
+@authority.command("remove")
+def remove_authority(yes: Sure = False) -> None:
+    """Have hosts trust the authority in use alone: the third step."""
+    _show_authorities(lambda own, settings: own.remove_authority(settings, is_sure=yes))
 
 
 @quarantine.command("list")

@@ -21,7 +21,7 @@ from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import sign_up_of
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Turn
-from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
+from sandyard.server.core.errors import InvalidArgumentError, SandyardError, UnavailableError
 from sandyard.server.links.identities import nats_name, new_request, node_name
 from sandyard.server.links.installation import Installation, InstallationRegistrar
 from sandyard.server.links.local import AgreedClock, LocalBus, SystemClock
@@ -46,8 +46,9 @@ from sandyard.server.tasks import concurrently
 log = logging.getLogger(__name__)
 
 _ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
-_SECRET = "installation"
-_RENEW_S = 24 * 3600.0
+INSTALLATION = "installation"
+"""The name of the secret that has its authority and keys."""
+_LOOK_S, _RENEW_S = 20.0, 24 * 3600.0
 
 
 async def ensure_installation(store: Store, clock: Clock) -> Installation:
@@ -57,13 +58,13 @@ async def ensure_installation(store: Store, clock: Clock) -> Installation:
         InternalError: it was sealed with another key.
     """
     async with store.read() as tx:
-        known = await tx.secrets.find(_SECRET)
+        known = await tx.secrets.find(INSTALLATION)
     if known is None:
         async with store.write(Turn.ALONE) as tx:
-            known = await tx.secrets.find(_SECRET)
+            known = await tx.secrets.find(INSTALLATION)
             if known is None:
                 known = Installation.new(clock.now()).values()
-                await tx.secrets.add(_SECRET, known)
+                await tx.secrets.add(INSTALLATION, known)
     return Installation.of(known)
 
 
@@ -179,16 +180,16 @@ async def open_cluster(
             '["tls://10.0.0.5:4222"]; on one machine, `sandyard serve` needs none of it'
         )
     installation = await ensure_installation(store, clock)
-    authority = installation.authority.certificate
     folder = settings.home / "cluster"
-    papers = write_papers(folder, *installation.control_papers(server_id, clock.now()), authority)
+    first = installation.control_papers(server_id, clock.now())
+    papers = write_papers(folder, *first, installation.trusted)
     asks, answers = context_of(papers, is_server=False), context_of(papers, is_server=True)
     answers.verify_mode = ssl.CERT_OPTIONAL  # a host that is to join has no certificate yet
     link = Link(
         own.nats,
         f"control {server_id}",
         ControlLogin(installation, server_id, clock),
-        nats_tls(own.nats, installation.nats.certificate.decode()),
+        nats_tls(own.nats, installation.nats_trusted.decode()),
     )
     inbox = Inbox(link, server_id)
     roster = Roster(store, clock, can_hear=lambda: link.is_up, elapsed=boot_time)
@@ -207,16 +208,29 @@ async def open_cluster(
         return NodeAddress(node.host, node.port, node_name(installation.id, node_id))
 
     async def renew() -> None:
+        renewed = clock.monotonic()
         while True:
-            await clock.sleep(_RENEW_S)
-            fresh = installation.control_papers(server_id, clock.now())
+            await clock.sleep(_LOOK_S)
             try:
-                write_papers(folder, *fresh, authority)
+                known = await ensure_installation(store, clock)
+            except SandyardError as error:
+                log.warning("cannot look for another certificate authority: %s", error.message)
+                known = registrar.installation
+            if known == registrar.installation and clock.monotonic() < renewed + _RENEW_S:
+                continue
+            try:
+                fresh = known.control_papers(server_id, clock.now())
+                write_papers(folder, *fresh, known.trusted)
             except OSError as error:
                 log.warning("a fresh certificate could not be written: %s", error)
                 continue
+            # What was trusted before stays so in this process: a context only ever takes more.
             for one in (asks, answers):
+                one.load_verify_locations(papers.authority)
                 one.load_cert_chain(papers.certificate, papers.key)
+            if link.tls is not None:
+                link.tls.load_verify_locations(cadata=known.nats_trusted.decode())
+            registrar.installation, renewed = known, clock.monotonic()
 
     async with (
         hinting(link, clock) as bus,
@@ -232,7 +246,7 @@ async def open_cluster(
             address=own.host,
             port=own.port,
             tls=answers,
-            authority=authority.decode(),
+            authority=lambda: registrar.installation.authority.certificate.decode(),
             node_of=installation.node_of,
         ) as door,
         linked(link),
@@ -366,7 +380,7 @@ async def write_nats_config(
         request, nats_name(installation.id, name), (TLS_NAME, *known_by), now
     )
     try:
-        papers = write_papers(folder.absolute(), certificate, key, installation.nats.certificate)
+        papers = write_papers(folder.absolute(), certificate, key, installation.nats_trusted)
         file = folder.absolute() / "nats.conf"
         write_private(
             file,
@@ -374,7 +388,6 @@ async def write_nats_config(
                 installation=installation.id,
                 operator=installation.operator,
                 account=installation.account,
-                now=now,
                 host=host,
                 port=port,
                 files=ServerFiles(papers.certificate, papers.key, papers.authority),

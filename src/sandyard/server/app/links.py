@@ -82,7 +82,7 @@ async def _of_control(settings: Settings) -> AsyncIterator[Finding]:
     server_id = server_id_of(settings.home)
     login = ControlLogin(installation, server_id, clock)
     for server in settings.cluster.nats:
-        yield await _nats(server, login, installation.nats.certificate.decode())
+        yield await look_at_nats(server, login, installation.nats_trusted.decode())
         if server.startswith("tls://"):
             with suppress(UnavailableError):  # which the line before has told
                 yield _expiry(
@@ -91,7 +91,7 @@ async def _of_control(settings: Settings) -> AsyncIterator[Finding]:
     papers = write_papers(
         settings.home / "cluster" / "doctor",
         *installation.control_papers(server_id, clock.now()),
-        installation.authority.certificate,
+        installation.trusted,
     )
     for node in nodes:
         yield await _node(node, installation, papers)
@@ -114,7 +114,9 @@ def examine_certificates(settings: Settings) -> Iterator[Finding]:
         yield _expiry(f"the {_NAMES[one.name]} certificate", one.expires_at, MEND[one.name])
 
 
-async def _nats(server: str, login: NatsLogin, authority: str) -> Finding:
+async def look_at_nats(server: str, login: NatsLogin, authority: str) -> Finding:
+    """Return whether a NATS server answers with a certificate of one of these authorities
+    (PEM)."""
     link = Link((server,), "doctor", login, nats_tls((server,), authority), is_quiet=True)
     async with linked(link):
         try:
@@ -163,7 +165,7 @@ async def _of_node(settings: Settings) -> AsyncIterator[Finding]:
         return
     login = KeyLogin(Key(Role.USER, home.seed), NatsToken(home.identity.token))
     for server in home.identity.servers:
-        yield await _nats(server, login, home.identity.nats_authority)
+        yield await look_at_nats(server, login, home.identity.nats_authority)
     tls = context_of(_own_papers(settings.home / "cluster"), is_server=False)
     is_control = is_control_of(home.identity.installation)
     for door in home.doors:

@@ -139,9 +139,8 @@ def door_at(door: str) -> tuple[str, int]:
 
 
 def _papers(settings: Settings, identity: Identity, key: bytes) -> Papers:
-    return write_papers(
-        settings.home / "cluster", identity.certificate.encode(), key, identity.authority.encode()
-    )
+    trusted = (identity.authority + identity.also_trusted).encode()
+    return write_papers(settings.home / "cluster", identity.certificate.encode(), key, trusted)
 
 
 def place_of(home: Path) -> str:
@@ -190,10 +189,13 @@ class _Credentials:
         self._token.text = identity.token
         for one in (self.link, self.requests):
             one.servers = identity.servers or one.servers
+            if one.tls is not None:
+                one.tls.load_verify_locations(cadata=identity.nats_authority)
         self.home = replace(self.home, identity=identity)
         try:
             papers = _papers(self._settings, identity, self._key)
             for end in (self.answers, self.asks):
+                end.load_verify_locations(papers.authority)
                 end.load_cert_chain(papers.certificate, papers.key)
             write_private(self._folder / NODE_FILE, self.home.kept())
         except OSError as error:  # the previous certificate is still valid for some time

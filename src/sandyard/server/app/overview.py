@@ -79,6 +79,6 @@ async def _tunnel_trouble(settings: Settings, installation: Installation, node: 
     papers = write_papers(
         settings.home / "cluster" / "doctor",
         *installation.control_papers(server_id_of(settings.home), clock.now()),
-        installation.authority.certificate,
+        installation.trusted,
     )
     return await why_unreachable(node, installation, papers)

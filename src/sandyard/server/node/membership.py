@@ -114,7 +114,7 @@ class NodeMembership:
         """
         while True:
             welcome = await self._introduced()
-            await self._beat_on(welcome.epoch)
+            await self._beat_on(welcome.epoch, welcome.identity.trust)
 
     async def _introduced(self) -> Welcome:
         began = self._boot_time()
@@ -145,10 +145,11 @@ class NodeMembership:
                 log.info("registered this node, in epoch %s", welcome.epoch)
                 return welcome
 
-    async def _beat_on(self, epoch: int) -> None:
-        """Send heartbeats until the credentials must be renewed."""
+    async def _beat_on(self, epoch: int, trust: str) -> None:
+        """Send heartbeats until the credentials must be renewed: after a time, or because the
+        certificate authority is being replaced."""
         began = self._boot_time()
-        had_lease, by_another = True, began
+        had_lease, is_other, by_another = True, False, began
         while self._boot_time() < began + _RENEW_S:
             sent = self._boot_time()
             if self._is_by_the_first:
@@ -160,6 +161,7 @@ class NodeMembership:
                 grant: Grant = await self._said(say)
                 self._lease_ends = sent + grant.lease_s
                 self._know(grant.door)
+                is_other = grant.trust not in ("", trust)
             except _FINAL:
                 raise
             except SandyardError as error:
@@ -173,6 +175,9 @@ class NodeMembership:
                         "the lease of this node has expired: changes are refused, machines continue"
                     )
             await self._clock.sleep(max(0.0, sent + _BEAT_S - self._boot_time()))
+            # After the pause: control planes that do not agree yet would have it ask without one.
+            if is_other:
+                return
 
     async def _beat(self, beat: Beat, registry: Presence) -> Grant:
         return await registry.beat(self._node_id, beat)

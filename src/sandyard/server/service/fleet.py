@@ -220,7 +220,7 @@ class Fleet:
             await self._must_be_known(node_id)
             raise ConflictError("this process is no longer the node: a later one has started")
         self._hear(node_id, beat)
-        return Grant(LEASE_S, self._door)
+        return Grant(LEASE_S, self._door, self._registrar.trust)
 
     def _must_be_in_time(self) -> None:
         """Refuse messages after this process was suspended: a delayed heartbeat would renew the

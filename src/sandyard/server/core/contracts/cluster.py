@@ -1,5 +1,7 @@
 """Registration and heartbeats between nodes on other hosts and the control planes."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,7 +21,10 @@ class Application:
 @dataclass(frozen=True)
 class Identity:
     """A node's credentials: its certificate and the authority's (PEM), a token for NATS and its
-    address, and the authority of the servers. They are useless without the node's private keys."""
+    address, and the authorities of the servers. They are useless without the node's private keys.
+
+    `also_trusted` are the certificates of further authorities, while one is being replaced.
+    """
 
     node_id: str
     installation: str
@@ -28,6 +33,18 @@ class Identity:
     nats_authority: str
     token: str = field(repr=False)
     servers: tuple[str, ...] = ()
+    also_trusted: str = ""
+
+    @property
+    def trust(self) -> str:
+        """What differs from that of an identity that trusts or is signed by other authorities."""
+        return trust_of(self.authority, self.also_trusted, self.nats_authority)
+
+
+def trust_of(authority: str, also_trusted: str, nats_authority: str) -> str:
+    """See `Identity.trust`."""
+    text = json.dumps([authority, also_trusted, nats_authority])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -68,14 +85,21 @@ class Beat:
 @dataclass(frozen=True)
 class Grant:
     """The lease that a heartbeat is answered with. Its duration counts from before the heartbeat
-    was sent. `door` is the address of the control plane."""
+    was sent. `door` is the address of the control plane, `trust` that of its identities: with
+    another one, a node needs a new identity."""
 
     lease_s: float
     door: str = ""
+    trust: str = ""
 
 
 class Registrar(Protocol):
     """Authenticates nodes."""
+
+    @property
+    def trust(self) -> str:
+        """The `Identity.trust` of what it issues now."""
+        ...
 
     def identity_of(self, node_id: str, application: Application) -> Identity:
         """Return the credentials of a node.

@@ -276,6 +276,10 @@ class SecretRows(Protocol):
         """Add a secret; the name must be unused."""
         ...
 
+    async def replace(self, name: str, values: Mapping[str, str]) -> None:
+        """Replace a secret."""
+        ...
+
 
 class WorkspaceRows(Protocol):
     """Workspaces."""

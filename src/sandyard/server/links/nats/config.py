@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from sandyard.server.links.nats.tokens import Key, account_token, operator_token
@@ -25,7 +24,6 @@ def config_of(
     installation: str,
     operator: Key,
     account: Key,
-    now: datetime,
     host: str,
     port: int,
     files: ServerFiles | None = None,
@@ -38,8 +36,8 @@ def config_of(
     It contains no secrets. Without `files` the server uses no TLS, which is for tests on loopback
     only.
     """
-    operator_says = operator_token(operator, installation, now)
-    account_says = account_token(operator, account, installation, now)
+    operator_says = operator_token(operator, installation)
+    account_says = account_token(operator, account, installation)
     lines = [
         "# Written by `sandyard admin nats-config`. Nothing in here is secret.",
         *([f"server_name: {_quoted(name)}"] if name else []),

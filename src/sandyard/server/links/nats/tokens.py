@@ -10,18 +10,19 @@ import binascii
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import IntEnum
+from hashlib import sha256
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sandyard.server.core.errors import InvalidArgumentError
-from sandyard.server.core.ids import new_uuid
 from sandyard.server.links.nats.link import PREFIX
 
 _ANSWERS_MAX: Final = 100_000
 _ANSWERS_FOR: Final = timedelta(hours=2)
+_ALWAYS: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class Role(IntEnum):
@@ -83,19 +84,22 @@ def public_of(name: str, role: Role) -> bytes:
 # --- tokens -------------------------------------------------------------------------------------
 
 
-def operator_token(operator: Key, installation: str, now: datetime) -> str:
-    """Return the operator's token, the root of trust of a NATS server."""
-    return _token(operator, operator.name, installation, {"type": "operator"}, now)
+def operator_token(operator: Key, installation: str) -> str:
+    """Return the operator's token, the root of trust of a NATS server.
+
+    It is always the same: a server that reads its configuration anew refuses another one.
+    """
+    return _token(operator, operator.name, installation, {"type": "operator"}, _ALWAYS)
 
 
-def account_token(operator: Key, account: Key, installation: str, now: datetime) -> str:
-    """Return the token of the installation's account, signed by the operator."""
+def account_token(operator: Key, account: Key, installation: str) -> str:
+    """Return the token of the installation's account, signed by the operator; always the same."""
     limits = {
         "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": True,
         "conn": -1, "leaf": 0,
     }  # fmt: skip
     claims = {"type": "account", "limits": limits}
-    return _token(operator, account.name, installation, claims, now)
+    return _token(operator, account.name, installation, claims, _ALWAYS)
 
 
 def control_token(account: Key, user: str, server_id: str, now: datetime, lasts: timedelta) -> str:
@@ -160,13 +164,13 @@ def _token(
     body: dict[str, Any] = {
         "iat": int(now.timestamp()),
         "iss": signer.name,
-        "jti": new_uuid(),
         "name": name,
         "nats": {**claims, "version": 2},
         "sub": subject,
     }
     if ends is not None:
         body["exp"] = int(ends.timestamp())
+    body["jti"] = sha256(json.dumps(body).encode()).hexdigest()[:32]
     head = _written({"typ": "JWT", "alg": "ed25519-nkey"})
     said = f"{head}.{_written(body)}"
     return f"{said}.{_base64(signer.sign(said.encode()))}"

@@ -268,6 +268,14 @@ class SecretTable:
             insert(t.secrets).values(name=name, sealed=self._seal.close(values))
         )
 
+    async def replace(self, name: str, values: Mapping[str, str]) -> None:
+        """See core.contracts.store.SecretRows.replace."""
+        await self._connection.execute(
+            update(t.secrets)
+            .where(t.secrets.c.name == name)
+            .values(sealed=self._seal.close(values))
+        )
+
 
 def _in_turn(*which: ColumnElement[bool]) -> Select[tuple[str]]:
     """Return the ids of nodes, locked in order, so that two transactions which write several nodes

@@ -66,7 +66,7 @@ async def opened_door(
     address: str,
     port: int,
     tls: ssl.SSLContext,
-    authority: str,
+    authority: Callable[[], str],
     node_of: Callable[[str], str | None],
     most: int = 1000,
 ) -> AsyncIterator[int]:
@@ -101,7 +101,7 @@ async def opened_door(
                         while True:
                             async with asyncio.timeout(_QUIET_S):
                                 asked = await line.hear()
-                            await _answer(line, asked.payload, registry, who, authority)
+                            await _answer(line, asked.payload, registry, who, authority())
             finally:
                 strangers.discard(line)
                 lines.pop(line, None)
