@@ -31,7 +31,7 @@ import httpx
 
 from sandyard.server.app.admin import ensure_key
 from sandyard.server.app.cluster import invite_line, open_fleet, write_nats_config
-from sandyard.server.app.installation import secret_key
+from sandyard.server.app.installation import secret_key, ssh_host_key
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import JoinedNode
@@ -40,6 +40,7 @@ from tests.support.images import cache_environment, one_at_a_time
 from tests.support.server import SANDYARD, longer, wait_until
 
 NET = "10.203.250"
+PREVIEWS, HOST_KEY = "preview.test", "ssh_host_ed25519_key"
 _TOKEN = "a token for metrics"
 API, SSH, DOOR, NATS, NATS_CLUSTER, METRICS, DATABASE = 8080, 2222, 8700, 4222, 6222, 9200, 5432
 _NATS, _POSTGRES, _BALANCER, _CONTROLS, _NODES = 11, 20, 30, 41, 51
@@ -214,7 +215,10 @@ class Lab:
             "SANDYARD_HOME": str(host.home),
             "SANDYARD_STORE__URL": self.url,
             "SANDYARD_HTTP__HOST": host.address,
-            "SANDYARD_SSH__ENABLED": "false",
+            "SANDYARD_HTTP__PUBLIC_URL": f"http://{self.balancer.address}:{API}",
+            "SANDYARD_HTTP__TRUSTED_PROXIES": f'["{self.balancer.address}"]',
+            "SANDYARD_SSH__PORT": str(SSH),
+            "SANDYARD_PREVIEW__DOMAIN": f"{PREVIEWS}:{API}",
             "SANDYARD_HTTP__METRICS_TOKEN": _TOKEN,
             "SANDYARD_CLUSTER__NATS": f"[{quoted}]",
             "SANDYARD_CLUSTER__HOST": host.address,
@@ -270,6 +274,10 @@ class Lab:
             f"  server {one.name} {one.address}:{API} check inter 500ms fall 2 rise 1"
             for one in self.controls
         )
+        gateways = "\n".join(
+            f"  server {one.name} {one.address}:{SSH} check port {API} inter 500ms fall 2 rise 1"
+            for one in self.controls
+        )
         (host.home / "haproxy.cfg").write_text(
             f"""defaults
   mode http
@@ -278,6 +286,7 @@ class Lab:
   timeout server 300s
   timeout tunnel 1h
   option redispatch
+  option forwardfor
   retries 3
 frontend api
   bind {host.address}:{API}
@@ -287,6 +296,16 @@ backend controls
   option httpchk GET /servez
   http-reuse never
 {servers}
+frontend ssh
+  mode tcp
+  bind {host.address}:{SSH}
+  timeout client 24h
+  default_backend gateways
+backend gateways
+  mode tcp
+  timeout server 24h
+  option httpchk GET /servez
+{gateways}
 """
         )
         host.start("haproxy", "-f", host.home / "haproxy.cfg")
@@ -541,6 +560,8 @@ def lab(*nodes: str, **environment: str) -> Iterator[Lab]:
             one.home.mkdir()
         key = secret_key(made.controls[0].home)
         (made.controls[1].home / "secret.key").write_bytes(key)
+        ssh_host_key(made.controls[0].home)
+        shutil.copy(made.controls[0].home / HOST_KEY, made.controls[1].home / HOST_KEY)
         _until_database(made)
         made.configure_nats()
         made.start_nats()

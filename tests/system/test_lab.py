@@ -1,6 +1,7 @@
 """An installation on several hosts, and its bad days: real processes, namespaces, cables cut."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from cryptography import x509
-from tests.support.lab import API, DATABASE, DOOR, METRICS, NATS, Host, Lab, lab
+from tests.support.lab import API, DATABASE, DOOR, METRICS, NATS, PREVIEWS, Host, Lab, lab
 from tests.support.server import QEMU, SANDYARD, longer, wait_until
 
 import sandyard
@@ -649,6 +651,53 @@ def test_machines_of_a_host_that_was_cut_off_run_on_with_their_memory(
     assert saved["status"] == "paused"
     real.ask("POST", f"/v1/sandboxes/{box['id']}/resume")
     assert real.execute(box, "cat /dev/shm/memory").strip() == "kept"
+
+
+# --- behind the balancer ------------------------------------------------------------------------
+
+
+def test_ssh_and_previews_go_through_the_balancer(real: Lab, built: Lab, tmp_path: Path) -> None:
+    box = real.on("real")
+    real.execute(box, "mkdir -p /srv/www; echo shown > /srv/www/page")
+    real.ask(
+        "POST", f"/v1/sandboxes/{box['id']}/processes",
+        command="python3 -m http.server 8000 --directory /srv/www",
+    )  # fmt: skip
+
+    def typed(*words: str) -> str:
+        done = subprocess.run(
+            [SANDYARD, "sandbox", *words],
+            env={
+                **os.environ,
+                "XDG_CONFIG_HOME": str(tmp_path),
+                "SANDYARD_URL": str(real.client.base_url).rstrip("/"),
+                "SANDYARD_API_KEY": real.client.headers["authorization"].removeprefix("Bearer "),
+            },
+            capture_output=True, text=True, timeout=longer(60), check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def shown() -> str:
+        place = f"http://{real.balancer.address}:{API}/page"
+        return httpx.get(place, headers={"Host": name}, timeout=60).text
+
+    name = urlsplit(typed("url", box["id"], "8000")).netloc
+    assert name.endswith(f".{PREVIEWS}:{API}")
+    wait_until(lambda: shown() == "shown\n", what=shown)
+    assert typed("ssh", box["id"], "--", "cat /srv/www/page") == "shown"
+    # By either control plane alone: of one host key, and for tokens of the other.
+    for number, control in enumerate(built.controls):
+        is_up = f"Server gateways/{control.name} is UP"
+        before = built.balancer.said().count(is_up)
+        control.stop()
+        assert typed("ssh", box["id"], "--", "echo $((6 * 7))") == "42"
+        assert shown() == "shown\n"
+        built.start_control(number)
+        wait_until(
+            lambda is_up=is_up, before=before: built.balancer.said().count(is_up) > before,  # type: ignore[misc]
+            what="the balancer uses it again",
+        )  # fmt: skip
 
 
 # --- certificates -------------------------------------------------------------------------------
