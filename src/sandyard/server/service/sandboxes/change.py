@@ -124,7 +124,7 @@ class Sandboxes:
                 now = await attempts.next()
             except NotFoundError:  # another request has just deleted it
                 return await self._register.reread(found.id)
-            sandbox = now if now.status in _ENDING else await self._ending(now, actor)
+            sandbox = now if now.status in _ENDING else await self._ending(now, actor, wait=wait)
         if not wait or self._nodes.is_lost(sandbox.node_id):
             return sandbox
         return await self._until_gone(sandbox)
@@ -145,8 +145,9 @@ class Sandboxes:
                     break
         return await self._register.reread(sandbox.id)
 
-    async def _ending(self, sandbox: Sandbox, actor: Actor) -> Sandbox | None:
-        """Begin to delete a sandbox; return None if it has changed meanwhile."""
+    async def _ending(self, sandbox: Sandbox, actor: Actor, *, wait: bool) -> Sandbox | None:
+        """Begin to delete a sandbox; return None if it has changed meanwhile. With `wait`, wait for
+        the first while, so that it is not read again before it is gone."""
         # An orphan's name may belong to another sandbox by now.
         name = None if sandbox.status is Status.ORPHANED else sandbox.name
         with new_lease(self._worker, sandbox.id) as hold:
@@ -154,7 +155,8 @@ class Sandboxes:
                 sandbox, Event.DELETE, actor=actor, hold=hold, name=name
             )
         if ending is not None:
-            await self._worker.run_now(Claim(ending, hold.lease), limit_s=0)
+            limit_s = _LOOK_S if wait else 0
+            await self._worker.run_now(Claim(ending, hold.lease), limit_s=limit_s)
         return ending
 
     async def pause(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
