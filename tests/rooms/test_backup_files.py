@@ -204,3 +204,83 @@ async def test_what_cannot_be_copied_or_unpacked_is_said(
         await asyncio.to_thread(restore, settings, file, WORD)
     assert {one.name for one in home.iterdir()} == before
     assert not place.exists()
+
+
+@pytest.mark.root
+async def test_a_tar_that_is_killed_makes_no_backup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, file, dying = tmp_path / "home", tmp_path / "b", tmp_path / "dying"
+    dying.write_text("#!/bin/sh\nhead -c 100000 /dev/zero\nkill -9 $$\n")
+    dying.chmod(0o755)
+    async with open_yard(home, keep=True, saves=True, sections=SECTIONS) as yard:
+        await a_workspace(yard, "Work")
+        monkeypatch.setattr(backup_files, "_TAR", (str(dying),))
+        with pytest.raises(UnavailableError, match="tar ended with -9"):
+            await back_up(yard, file, Include.WORKSPACES)
+    assert not file.exists()
+
+
+@pytest.mark.root
+async def test_what_one_tenant_makes_of_their_files_keeps_nobody_elses(tmp_path: Path) -> None:
+    home, file = tmp_path / "home", tmp_path / "b"
+    settings = settings_of(home, sections=SECTIONS)
+    async with open_yard(home, keep=True, saves=True, sections=SECTIONS) as yard:
+        hostile, other = await a_workspace(yard, "Hostile"), await a_workspace(yard, "Other")
+        for name, levels in (("d" * 200, 30), ("a", 1500)):  # a long path, and a deep one
+            place = os.open(hostile, os.O_RDONLY)
+            for _ in range(levels):
+                os.mkdir(name, dir_fd=place)
+                below = os.open(name, os.O_RDONLY, dir_fd=place)
+                os.close(place)
+                place = below
+            os.close(place)
+        await back_up(yard, file, Include.WORKSPACES)
+    backup_files.remove_tree(home)
+    said = list[str]()
+    await asyncio.to_thread(restore, settings, file, WORD, progress=said.append)
+    assert any(f"a part of the workspace {hostile.name} is lost" in one for one in said)
+    assert (hostile / "kept").read_bytes() == (other / "kept").read_bytes() == b"kept"
+    assert not [one for one in home.iterdir() if one.name.startswith(".")]
+    backup_files.remove_tree(hostile)
+
+
+@pytest.mark.root
+async def test_a_workspace_that_was_restored_in_part_is_not_replaced_once_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home, file = tmp_path / "home", tmp_path / "b"
+    settings = settings_of(home, sections=SECTIONS)
+    async with open_yard(home, keep=True, saves=True, sections=SECTIONS) as yard:
+        place = await a_workspace(yard, "Work")
+        await back_up(yard, file, Include.WORKSPACES)
+    begun = place.with_name(f"{place.name}.restoring")
+    begun.touch()  # killed
+    async with open_yard(home, keep=True, saves=True, sections=SECTIONS) as yard:
+        assert "was killed" in caplog.text
+        (place / "newer").touch()
+        _, said = await back_up(yard, tmp_path / "c", Include.WORKSPACES)
+        assert "copying 1 workspaces" in said
+    await asyncio.to_thread(restore, settings, file, WORD)
+    assert (place / "newer").exists()
+    # One that fails leaves nothing half done.
+    shutil.rmtree(place)
+
+    def failing(*_: object) -> str:
+        raise UnavailableError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backup_files, "_copy_tree", failing)
+        with pytest.raises(UnavailableError, match="disk is gone"):
+            await asyncio.to_thread(restore, settings, file, WORD)
+    assert list(place.parent.iterdir()) == []
+    await asyncio.to_thread(restore, settings, file, WORD)
+    assert (place / "kept").exists()
+
+
+async def test_several_hosts_cannot_include_what_is_on_others(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="installation on one machine"):
+        settings_of(
+            tmp_path,
+            sections={"backup": {"include": ["paused"]}, "cluster": {"nats": ["tls://x:4222"]}},
+        )

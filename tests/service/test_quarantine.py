@@ -11,8 +11,14 @@ from tests.support.nodes import Machine
 
 from sandyard.server.core.contracts.node import Phase, SnapshotFact
 from sandyard.server.core.contracts.store import Turn
-from sandyard.server.core.errors import ConflictError, DamagedError, NoCapacityError, NotFoundError
-from sandyard.server.core.records import Quarantined, Sandbox
+from sandyard.server.core.errors import (
+    ConflictError,
+    DamagedError,
+    NoCapacityError,
+    NotFoundError,
+    UnavailableError,
+)
+from sandyard.server.core.records import Quarantined, Sandbox, Snapshot
 from sandyard.server.core.states import Status
 from sandyard.server.service.people.administration import Administration
 
@@ -212,3 +218,27 @@ async def test_a_snapshot_that_cannot_be_read_is_kept_and_can_be_deleted(
     await admin_of(desk).condemn(one)
     await desk.drive(400)
     assert not desk.node.snapshots
+
+
+async def test_a_snapshot_that_cannot_be_asked_for_now_is_asked_for_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = desk.node.find_snapshot, list[str]()
+
+    async def slow(snapshot_id: str) -> SnapshotFact:
+        asked.append(snapshot_id)
+        if len(asked) < 4:
+            raise UnavailableError("the node does not answer")
+        return await real(snapshot_id)
+
+    monkeypatch.setattr(desk.node, "find_snapshot", slow)
+    _, (one,) = await snapshot_strangers(desk, 1)
+    await desk.drive(400)
+    (found,) = await quarantined(desk)
+    assert (found.id, found.template, len(asked)) == (one, "base-minimal", 4)
+    made = await admin_of(desk).adopt(one, *await names_of(desk))
+    async with desk.control.store.read() as tx:
+        (period,) = await tx.storage.of("snapshot", one)
+        assert (period.size_bytes, period.ended_at) == (found.size_bytes, None)
+    assert isinstance(made, Snapshot)
+    assert made.os == "debian"

@@ -755,16 +755,16 @@ def test_the_certificate_authority_is_replaced_while_all_is_used(built: Lab) -> 
     using = threading.Thread(target=use)
     using.start()
     try:
-        assert "next: sandyard admin authority use" in admin("add")
+        assert "then sandyard admin authority use" in admin("add")
         assert "the last replacement is not over" in admin("add")
         assert "wait" in admin("use")
         reload_nats()
         until_all("trusts both", lambda one: len(papers(one, "authority")) == 2)
         (second,) = set(papers(control, "authority")) - {first}
         key = second.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
-        until_said("use", "next: sandyard admin authority remove")
+        until_said("use", "then sandyard admin authority remove")
         until_all("has a certificate of the second", lambda one: key == _issuer_of(one))
-        until_said("remove", "has no certificate of the new authority")
+        until_said("remove", "shows no certificate of the new authority")
         reload_nats()
         until_said("remove", "next: sandyard admin authority add")
         until_all("trusts the second alone", lambda one: papers(one, "authority") == [second])

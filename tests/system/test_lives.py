@@ -266,9 +266,9 @@ def test_a_lost_home_comes_back_with_paused_sandboxes_snapshots_and_workspaces(
     server.client.post(
         f"/v1/workspaces/{made}/upload", files={"file": ("kept", b"kept")}
     ).raise_for_status()
-    box = server.create()["id"]
+    box = server.create(mounts=[{"workspaceId": made, "path": "/workspace/work"}])["id"]
     server.execute(box, TICK)
-    server.execute(box, "echo precious > /root/kept; sync")
+    server.execute(box, "echo precious > /root/kept; cat /workspace/work/kept; sync")
     least = ticks(server, box)
     snapshot = server.act(box, "snapshots", name="then")["id"]
     server.act(box, "pause")
@@ -288,6 +288,9 @@ def test_a_lost_home_comes_back_with_paused_sandboxes_snapshots_and_workspaces(
     server.act(box, "resume")
     goes_on(server, box, least)
     assert server.execute(box, "cat /root/kept")["stdout"] == "precious\n"
+    # Its files are others than those that the guest knew.
+    done = server.execute(box, "cd /workspace/work && cat kept && echo more > more")
+    assert done["stdout"] == "kept", done
     answer = server.client.get(f"/v1/workspaces/{made}/direct", params={"id": "/kept"})
     assert answer.content == b"kept"
     again = server.client.post("/v1/sandboxes", params={"wait": 60}, json={"snapshot": snapshot})

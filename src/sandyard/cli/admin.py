@@ -23,7 +23,8 @@ app.add_typer(org, name="org")
 app.add_typer(user, name="user")
 app.add_typer(key, name="key")
 quarantine = typer.Typer(
-    help="Machines that a database restored from a backup does not know.", no_args_is_help=True
+    help="Machines and snapshots that a database restored from a backup does not know.",
+    no_args_is_help=True,
 )
 app.add_typer(quarantine, name="quarantine")
 authority = typer.Typer(

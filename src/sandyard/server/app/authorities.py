@@ -33,6 +33,7 @@ from sandyard.server.links.tunnel.door import fingerprint_of
 _SETTLED = timedelta(seconds=60)
 """Within this time all hosts that can be reached have taken a step."""
 _ADD, _USE, _REMOVE = (f"sandyard admin authority {one}" for one in ("add", "use", "remove"))
+_NATS = "nats-config for each NATS server, as docs/howto/cluster.md says; then "
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ async def use_authority(settings: Settings, *, is_sure: bool = False) -> Authori
         changed = own.with_used(clock.now())
         if not is_sure:
             _check_settled(own, clock.now(), nodes)
+            await _check_reachable(settings, changed, clock, nodes, "does not trust it yet")
         return await _write(store, own, changed)
 
 
@@ -130,7 +132,7 @@ def _check_settled(own: Installation, now: datetime, nodes: list[JoinedNode]) ->
     if timedelta() <= since < _SETTLED:
         left = round((_SETTLED - since).total_seconds())
         raise ConflictError(f"cannot do this yet: wait {left} s until all hosts took the last step")
-    if away := [one.name for one in nodes if one.epoch and not one.has_lease]:
+    if away := [one.name for one in nodes if not one.has_lease]:
         raise ConflictError(
             f"cannot do this now: {', '.join(away)} did not take the last step, because it is not "
             "there; start it, or repeat this with --yes, and join that host again later"
@@ -149,20 +151,28 @@ async def _check_renewed(
         found = await look_at_nats(server, login, changed.nats.certificate.decode())
         if found.level == "bad":
             raise ConflictError(
-                f"cannot do this now: NATS at {server} has no certificate of the new authority; "
-                "run `sandyard admin nats-config` for it as before, copy the directory to its "
-                "host, and run `nats-server --signal reload` there"
+                f"cannot do this now: NATS at {server} shows no certificate of the new authority "
+                f"({found.what}); run `sandyard admin nats-config` for it as before, copy the "
+                "directory to its host, and run `nats-server --signal reload` there, or restart it "
+                "if its log says that it refuses"
             )
+    await _check_reachable(settings, changed, clock, nodes, "has no certificate of it yet")
+
+
+async def _check_reachable(
+    settings: Settings, own: Installation, clock: Clock, nodes: list[JoinedNode], why: str
+) -> None:
+    """Refuse while a node cannot be reached with what is to be in use."""
     papers = write_papers(
         settings.home / "cluster" / "doctor",
-        *changed.control_papers(server_id, clock.now()),
-        changed.trusted,
+        *own.control_papers(server_id_of(settings.home), clock.now()),
+        own.trusted,
     )
     for node in nodes:
-        if node.has_lease and (why := await why_unreachable(node, changed, papers)):
+        if node.has_lease and (trouble := await why_unreachable(node, own, papers)):
             raise ConflictError(
-                f"cannot do this now: the node {node.name} cannot be reached with certificates of "
-                f"the new authority alone ({why}); try again in a minute"
+                f"cannot do this now: the node {node.name} cannot be reached with the new "
+                f"authority: it {why}, or is of an older version ({trouble}); try again in a minute"
             )
 
 
@@ -171,10 +181,10 @@ def _shown(own: Installation) -> Authorities:
     step = _ADD
     if own.added is not None:
         pairs.append(("added", (own.added[0].certificate, own.added[1].certificate)))
-        step = _USE
+        step = _NATS + _USE
     elif own.replaced is not None:
         pairs.append(("replaced", own.replaced))
-        step = _REMOVE
+        step = _NATS + _REMOVE
     return Authorities(
         tuple(
             TrustedAuthority(whose, state, fingerprint_of(pem.decode()), expiry_of(pem))

@@ -28,19 +28,20 @@ from typing import IO, Self
 from sandyard.server.app.database import open_database
 from sandyard.server.app.installation import running_server
 from sandyard.server.app.settings import Settings
-from sandyard.server.app.wiring import open_volumes, volumes_of
+from sandyard.server.app.wiring import UNFINISHED, volumes_of
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import DamagedError, UnavailableError
 from sandyard.server.core.ids import is_uuid
 from sandyard.server.core.records import Workspace
-from sandyard.server.links.local import SystemClock
-from sandyard.server.node.machines.records import Records
+from sandyard.server.node.machines.records import Record, Records
 from sandyard.server.tasks import in_thread
 
 PREFIX = "files"
 _PIECE = 16 * 2**20
 _TRIES = 3
 _END_S = 60.0
+_IN_PART = 2
+"""What tar ends with that has done some of its work and not all."""
 _TAR = ("tar", "--format=posix", "--sparse", "--xattrs", "--xattrs-include=*", "--acls",
         "--numeric-owner")  # fmt: skip
 Progress = Callable[[str], None]
@@ -105,7 +106,7 @@ def write_files(settings: Settings, include: frozenset[Include], target: Target)
 def _write_machines(settings: Settings, include: frozenset[Include], target: Target) -> None:
     home = settings.home
     machines = Records(home / "machines").all() if Include.PAUSED in include else []
-    paused = [one for one in machines if one.phase is Phase.PAUSED]
+    paused = _paused(home) if Include.PAUSED in include else []
     if left := len([one for one in machines if one.sandbox_id]) - len(paused):
         target.progress(f"leaving out {left} sandboxes that are not paused")
     images = {f"machines/{one.id}": one.image for one in paused}
@@ -113,7 +114,14 @@ def _write_machines(settings: Settings, include: frozenset[Include], target: Tar
         images |= {f"snapshots/{name}": image for name, image in _snapshots_in(home)}
     # With the images, what tells which templates use them: the home needs no build then.
     images |= dict(_templates_with(home, frozenset(images.values())))
-    before = {path: _looks(home / path) for path in images}
+    looks = {path: _looks(home / path) for path in images}
+    # What was resumed or removed since it was listed is none of it any more.
+    still = {one.id for one in _paused(home)} if paused else set()
+    before = {
+        path: look
+        for path, look in looks.items()
+        if look is not None and (not path.startswith("machines/") or Path(path).name in still)
+    }
     # Before the machines: an image goes only when nothing needs it any more.
     needed = sorted({image for image in images.values() if (settings.images_dir / image).is_dir()})
     if needed:
@@ -140,6 +148,10 @@ def _write_machines(settings: Settings, include: frozenset[Include], target: Tar
             raise UnavailableError(f"cannot copy the machines: {problem}")
         before = {path: before[path] for path in written.paths}
     raise UnavailableError("cannot copy the machines: they are in use; try again")
+
+
+def _paused(home: Path) -> list[Record]:
+    return [one for one in Records(home / "machines").all() if one.phase is Phase.PAUSED]
 
 
 def _snapshots_in(home: Path) -> Iterator[tuple[str, str]]:
@@ -189,23 +201,31 @@ async def _write_workspaces(settings: Settings, target: Target) -> None:
     target.progress(f"copying {len(existing)} workspaces")
     try:
         for one in existing:
+            if not _has_volume(settings, one.id):
+                continue  # it was deleted, and must not be made again
             async with volumes.open(one.id, one.quota_bytes) as place:
-                await in_thread(_write_workspace, one, place, target)
+                await _written(one, place, target)
     finally:
         # A running server closes those that it does not use itself, and only it knows which.
         if running_server(settings.home) is None:
             await volumes.close()
 
 
+async def _written(workspace: Workspace, place: Path, target: Target) -> None:
+    """Write a workspace to a backup. If cancelled, stop soon."""
+    writing = asyncio.ensure_future(in_thread(_write_workspace, workspace, place, target))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        target.stop.set()
+        await asyncio.wait([writing])
+        writing.exception()  # what it failed with does not matter any more
+        raise
+
+
 def _has_volume(settings: Settings, workspace_id: str) -> bool:
-    """Tell whether a workspace has a volume here, and not one that a restore has begun."""
     place = settings.workspaces_dir / workspace_id
-    is_there = place.exists() or place.with_name(f"{workspace_id}.ext4").exists()
-    return is_there and not _begun(settings, workspace_id).exists()
-
-
-def _begun(settings: Settings, workspace_id: str) -> Path:
-    return settings.workspaces_dir / f"{workspace_id}.restoring"
+    return place.exists() or place.with_name(f"{workspace_id}.ext4").exists()
 
 
 def _write_workspace(workspace: Workspace, place: Path, target: Target) -> None:
@@ -213,6 +233,11 @@ def _write_workspace(workspace: Workspace, place: Path, target: Target) -> None:
     # Held open, so that the volume stays mounted until all of it is read.
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        is_image = place.with_name(f"{place.name}.ext4").exists()
+        if is_image and os.fstat(descriptor).st_dev == place.parent.stat().st_dev:
+            raise UnavailableError(
+                f"cannot copy the workspace {workspace.slug}: it is being closed; try again"
+            )
         root, problem = Path(f"/proc/{os.getpid()}/fd/{descriptor}"), ""
         for _ in range(_TRIES):
             written, problem = _write_archive(root, contents, target, lambda: contents)
@@ -253,9 +278,8 @@ def _write_archive(
             raise
         written, problem = after(), ""
         # 1: a file was changed or removed while it was read; 2: one could not be read at all.
-        if code > 1:
-            said.seek(0)
-            problem = said.read().decode(errors="replace").strip()[-1000:]
+        if code not in (0, 1):
+            problem = _text_in(said) or f"tar ended with {code}"
             written = replace(written, is_complete=False)
     _add(target.tar, f"{name}.json", json.dumps(asdict(written)).encode())
     return written, problem
@@ -279,6 +303,8 @@ class Unpacking:
     def __init__(self, scratch: Path, settings: Settings | None) -> None:
         self.found: list[tuple[Contents, Path]] = []
         """What is complete, and where its files are."""
+        self.problems: list[str] = []
+        """What could not be unpacked: a tenant's files must not keep all others from returning."""
         self._scratch = scratch
         self._settings = settings
         self._images: Path | None = None
@@ -310,7 +336,7 @@ class Unpacking:
         """Remove what was not put back."""
         self._end()
         if self._images is not None:
-            shutil.rmtree(self._images, ignore_errors=True)
+            remove_tree(self._images)
 
     def _feed(self, kind: Kind, number: str, content: IO[bytes]) -> None:
         if self._process is None:
@@ -346,29 +372,38 @@ class Unpacking:
             **{**values, "kind": Kind(values["kind"]), "paths": tuple(values["paths"])}
         )
         place, self._place = self._place, None
-        self._end(fails=contents.is_complete)
+        code, problem = self._end()
+        is_in_part = code == _IN_PART and contents.kind is Kind.WORKSPACE
+        if problem and contents.is_complete and not is_in_part:
+            raise UnavailableError(f"cannot unpack the backup: {problem}")
+        if problem and contents.is_complete:  # names that tar can write and not read, say
+            self.problems.append(f"a part of the workspace {contents.name} is lost: {problem}")
         if contents.is_complete:
             self.found.append((contents, place or self._scratch))
         elif place is not None:
-            shutil.rmtree(place, ignore_errors=True)
+            remove_tree(place)
 
-    def _end(self, *, fails: bool = False) -> None:
+    def _end(self) -> tuple[int, str]:
+        """End the program that unpacks; return how it ended, and what went wrong, if anything
+        did."""
         process, said = self._process, self._said
         self._process = self._said = None
         if process is None or said is None:
-            return
+            return 0, ""
         with said:
             assert process.stdin is not None
             try:
                 process.stdin.close()
             except BrokenPipeError:
                 self._is_lost = True
-            code = process.wait(_END_S)
-            if fails and (code or self._is_lost):
-                said.seek(0)
-                text = said.read().decode(errors="replace").strip()[-1000:]
-                raise UnavailableError(f"cannot unpack the backup: {text}")
-            self._is_lost = False
+            try:
+                code = process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait(_END_S)
+            is_lost, self._is_lost = self._is_lost, False
+            problem = _text_in(said) or f"tar ended with {code}"
+            return code, problem if code or is_lost else ""
 
 
 def missing(settings: Settings, contents: Contents) -> list[str]:
@@ -425,32 +460,59 @@ async def put_workspaces_back(
     """Put workspaces back that have no volume here. What is there stays.
 
     Raises:
-        UnavailableError: a volume cannot be made, or is too small.
+        UnavailableError: a volume cannot be made.
     """
-    clock = SystemClock()
-    async with open_volumes(settings, clock) as volumes:
+    volumes = volumes_of(settings)
+    try:
         for contents, place in found:
             if contents.kind is not Kind.WORKSPACE:
                 continue
+            if (settings.workspaces_dir / f"{contents.name}{UNFINISHED}").exists():
+                await volumes_of(settings).remove(contents.name)  # a restore was killed
             if _has_volume(settings, contents.name):
                 progress(f"leaving the workspace {contents.name}: it is there")
                 continue
             progress(f"putting the workspace {contents.name} back")
-            begun = _begun(settings, contents.name)
-            if begun.exists():
-                await volumes_of(settings).remove(contents.name)  # a restore was killed
+            begun = settings.workspaces_dir / f"{contents.name}{UNFINISHED}"
             begun.parent.mkdir(mode=0o700, exist_ok=True)
             begun.touch()
-            async with volumes.open(contents.name, contents.quota_bytes) as target:
-                await in_thread(_copy_tree, place, target)
-            begun.unlink()
+            try:
+                async with volumes.open(contents.name, contents.quota_bytes) as target:
+                    if problem := await in_thread(_copy_tree, place, target):
+                        progress(f"a part of the workspace {contents.name} is lost: {problem}")
+                _mount_anew(settings.home, contents.name)
+            except BaseException:
+                await volumes.remove(contents.name)
+                raise
+            finally:
+                begun.unlink()
+    finally:
+        await volumes.close()
 
 
-def _copy_tree(source: Path, target: Path) -> None:
+def _mount_anew(home: Path, workspace_id: str) -> None:
+    """Have paused machines mount a restored workspace again when they are resumed."""
+    records = Records(home / "machines")
+    for one in records.all():
+        mounts = one.share.mounts if one.share is not None else ()
+        if any(mount.workspace_id == workspace_id for mount in mounts):
+            records.write(replace(one, mounts_anew=True))
+
+
+def _copy_tree(source: Path, target: Path) -> str:
+    """Copy what is in a directory, and return what could not be copied, if anything."""
     done = subprocess.run(
         ["cp", "--archive", "--sparse=always", "--no-target-directory", "--", source, target],
         stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
     )  # fmt: skip
-    if done.returncode:
-        text = done.stderr.decode(errors="replace").strip()[-1000:]
-        raise UnavailableError(f"cannot put a workspace back: {text}")
+    return done.stderr.decode(errors="replace").strip()[-1000:] if done.returncode else ""
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a directory, however deep a tenant has made it: Python's own way is recursive."""
+    subprocess.run(["rm", "-rf", "--one-file-system", "--", folder], check=False)
+
+
+def _text_in(said: IO[bytes]) -> str:
+    said.seek(0)
+    return said.read().decode(errors="replace").strip()[-1000:]

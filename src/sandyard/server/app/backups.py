@@ -46,6 +46,7 @@ from sandyard.server.app.backup_files import (
     missing,
     put_back,
     put_workspaces_back,
+    remove_tree,
     write_files,
 )
 from sandyard.server.app.database import refuse_node
@@ -66,7 +67,7 @@ from sandyard.server.links.sql.address import tls_of
 from sandyard.server.node.machines.saved import sync_folder
 from sandyard.server.tasks import in_thread
 
-FORMAT = 2
+FORMAT, _WITHOUT_FILES = 2, 1
 _FILES = ("secret.key", "server.id", "ssh_host_ed25519_key", "config.toml", "cluster")
 _COUNTED = ("organizations", "users", "sandboxes", "snapshots", "workspaces", "api_keys")
 _PIECE = 1024 * 1024
@@ -138,12 +139,12 @@ def backup(
         raise ConflictError(f"cannot write the backup: {file} exists; choose another name")
     _remove_stale(home)
     try:
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=home) as scratch:
-            database = Path(scratch) / "database"
+        with _scratch(home) as scratch:
+            database = scratch / "database"
             progress("copying the database")
             kind = _copy_database(settings, database, stop)
             about = About(
-                format=FORMAT,
+                format=FORMAT if wanted else _WITHOUT_FILES,
                 version=package_version("sandyard"),
                 created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 host=platform.node(),
@@ -197,12 +198,14 @@ def restore(
         home.mkdir(parents=True, exist_ok=True, mode=0o755)
         with (
             only_server(home),
-            tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=home) as scratch,
-            Unpacking(Path(scratch), settings) as files,
+            _scratch(home) as scratch,
+            Unpacking(scratch, settings) as files,
         ):
-            about = _unpack(file, passphrase, Path(scratch), files, progress)
+            about = _unpack(file, passphrase, scratch, files, progress)
+            for problem in files.problems:
+                progress(problem)
             _check_same(settings, about, force=force)
-            replaced = _put_back(settings, about, Path(scratch), files.found, progress)
+            replaced = _put_back(settings, about, scratch, files.found, progress)
     except OSError as error:
         raise UnavailableError(f"cannot restore the backup: {error}") from error
     return about, replaced
@@ -314,6 +317,15 @@ def _remove_old(folder: Path, keep: int) -> None:
     _remove_older(folder.glob(f"*{_SUFFIX}.part"))
 
 
+@contextmanager
+def _scratch(home: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=home))
+    try:
+        yield folder
+    finally:
+        remove_tree(folder)
+
+
 def _remove_stale(home: Path) -> None:
     """Remove what interrupted backups and restores left."""
     _remove_older(home.glob(f"{_SCRATCH}*"))
@@ -323,7 +335,7 @@ def _remove_older(paths: Iterable[Path]) -> None:
     for path in paths:
         with suppress(FileNotFoundError):
             if time.time() - path.lstat().st_mtime > _STALE_S:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove_tree(path) if path.is_dir() else path.unlink()
 
 
 # --- the database ---------------------------------------------------------------------------------

@@ -208,29 +208,28 @@ async def open_cluster(
         return NodeAddress(node.host, node.port, node_name(installation.id, node_id))
 
     async def renew() -> None:
-        renewed = clock.monotonic()
+        renewed, is_due = clock.monotonic(), False
         while True:
             await clock.sleep(_LOOK_S)
             try:
                 known = await ensure_installation(store, clock)
-            except SandyardError as error:
-                log.warning("cannot look for another certificate authority: %s", error.message)
-                known = registrar.installation
-            if known == registrar.installation and clock.monotonic() < renewed + _RENEW_S:
-                continue
-            try:
-                fresh = known.control_papers(server_id, clock.now())
-                write_papers(folder, *fresh, known.trusted)
-            except OSError as error:
-                log.warning("a fresh certificate could not be written: %s", error)
-                continue
-            # What was trusted before stays so in this process: a context only ever takes more.
-            for one in (asks, answers):
-                one.load_verify_locations(papers.authority)
-                one.load_cert_chain(papers.certificate, papers.key)
-            if link.tls is not None:
-                link.tls.load_verify_locations(cadata=known.nats_trusted.decode())
-            registrar.installation, renewed = known, clock.monotonic()
+                is_due = is_due or clock.monotonic() >= renewed + _RENEW_S
+                if known == registrar.installation and not is_due:
+                    continue
+                is_due = True
+                # What was trusted before stays so in this process: a context only ever takes more.
+                for one in (asks, answers):
+                    one.load_verify_locations(cadata=known.trusted.decode())
+                if link.tls is not None:
+                    link.tls.load_verify_locations(cadata=known.nats_trusted.decode())
+                registrar.installation = known
+                write_papers(folder, *known.control_papers(server_id, clock.now()), known.trusted)
+                for one in (asks, answers):
+                    one.load_cert_chain(papers.certificate, papers.key)
+            except (SandyardError, OSError) as error:
+                log.warning("cannot renew the certificate: %s; trying again", error)
+            else:
+                renewed, is_due = clock.monotonic(), False
 
     async with (
         hinting(link, clock) as bus,

@@ -193,9 +193,10 @@ class _Credentials:
                 one.tls.load_verify_locations(cadata=identity.nats_authority)
         self.home = replace(self.home, identity=identity)
         try:
+            for end in (self.answers, self.asks):  # first: the disk may be full
+                end.load_verify_locations(cadata=identity.authority + identity.also_trusted)
             papers = _papers(self._settings, identity, self._key)
             for end in (self.answers, self.asks):
-                end.load_verify_locations(papers.authority)
                 end.load_cert_chain(papers.certificate, papers.key)
             write_private(self._folder / NODE_FILE, self.home.kept())
         except OSError as error:  # the previous certificate is still valid for some time

@@ -620,8 +620,8 @@ class BackupSettings(Section):
         7,
         ge=0,
         le=3650,
-        description="How long machines are kept that a restored database does not know; 0: until "
-        "they are deleted by hand.",
+        description="How long machines and snapshots are kept that a restored database does not "
+        "know; 0: until they are deleted by hand.",
     )
 
     @model_validator(mode="after")
@@ -701,6 +701,15 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.absolute()
+
+    @model_validator(mode="after")
+    def _has_its_files(self) -> Self:
+        if self.backup.include and self.cluster.nats:
+            raise ValueError(
+                "backup.include needs an installation on one machine: with cluster.nats, machines "
+                "and workspaces are on other hosts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _known_plan(self) -> Self:

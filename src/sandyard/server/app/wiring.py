@@ -37,6 +37,8 @@ from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
 
+UNFINISHED = ".restoring"
+"""The end of the name of a file that is there while a workspace is restored."""
 _ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
 
 
@@ -204,6 +206,13 @@ def volumes_of(
 @asynccontextmanager
 async def open_volumes(settings: Settings, clock: Clock) -> AsyncIterator[Volumes]:
     """Open the storage of workspaces; unmount unused ones when the block ends."""
+    for begun in settings.workspaces_dir.glob(f"*{UNFINISHED}"):
+        log.warning(
+            "a restore of the workspace %s was killed, so some of its files are missing; to have "
+            "them, move it away and restore again",
+            begun.name.removesuffix(UNFINISHED),
+        )
+        begun.unlink()  # from now on it is used, and must not be replaced
     volumes = volumes_of(settings, monotonic=clock.monotonic)
     try:
         yield volumes

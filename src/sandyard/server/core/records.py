@@ -168,6 +168,7 @@ class Quarantined:
     shape: Shape
     found_at: datetime
     size_bytes: int = 0
+    os: str | None = None
     is_unwanted: bool = False
 
 

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 
 from sandyard.server.core.contracts.volumes import VolumeUse
@@ -158,14 +159,18 @@ class ImageVolumes:
                     'must set workspaces.volumes to "folders", or move them away'
                 )
             self._make(image, quota_bytes)
-        elif not _is_attached(image):
-            # Always: a check that failed, or was broken off, is not forgotten.
-            _run("e2fsck", "-p", str(image), fine=(0, 1), limit_s=_CHECK_S)
         try:
-            _run(
-                "mount", "-t", "ext4", "-o", "loop,nosuid,nodev,noatime,discard,errors=remount-ro",
-                str(image), str(place),
-            )  # fmt: skip
+            with _alone_with(image):
+                if place.is_mount():  # by another process: a backup
+                    return
+                if not _is_attached(image):
+                    # Always: a check that failed, or was broken off, is not forgotten.
+                    _run("e2fsck", "-p", str(image), fine=(0, 1), limit_s=_CHECK_S)
+                _run(
+                    "mount", "-t", "ext4",
+                    "-o", "loop,nosuid,nodev,noatime,discard,errors=remount-ro",
+                    str(image), str(place),
+                )  # fmt: skip
         except UnavailableError as error:
             raise UnavailableError(
                 f"{error.message}; where nothing can be mounted, whoever runs the server sets "
@@ -210,6 +215,17 @@ class ImageVolumes:
             _run("umount", str(place))
         with contextlib.suppress(OSError):  # files were put into it while it was not mounted
             place.rmdir()
+
+
+@contextlib.contextmanager
+def _alone_with(image: Path) -> Iterator[None]:
+    """Keep other processes on this host from checking and mounting a file system meanwhile."""
+    descriptor = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _own_bytes(quota_bytes: int) -> int:

@@ -300,6 +300,7 @@ class Jobs:
             async with self._restores.take(Rank.ASKED, wish.org_id):
                 await resident.process.bring_up(source=state.about)
                 await _woken(resident)
+            await resident.mount_anew()
             resident.current.count_as(wish.incarnation)  # as above
             await self._is_running(owner, Way.RESUME)
         except IncompatibleError:

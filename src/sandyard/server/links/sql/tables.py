@@ -254,6 +254,7 @@ quarantine = Table(
     Column("disk_mib", Integer, nullable=False),
     Column("found_at", Moment, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
+    Column("os", Text),
     Column("is_unwanted", Boolean, nullable=False),
     Index("ix_quarantine_node_id", "node_id"),
 )

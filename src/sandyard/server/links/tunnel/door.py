@@ -235,7 +235,8 @@ def _pinned(authority: str, fingerprint: str, host: str) -> bytes:
         ):
             return found
     raise UnauthenticatedError(
-        f"cannot join at {host}: it is not of the installation that the invite is from"
+        f"cannot join at {host}: it is not of the installation that the invite is from, or its "
+        "certificate authority was replaced since; make another invite"
     )
 
 

@@ -29,7 +29,8 @@ class Record:
     """One machine of a node, and the sandbox it serves, if any.
 
     `version` is the latest version of the sandbox's row that a request was made with. `mounted` is
-    the share that its guest has mounted.
+    the share that its guest has mounted; if it `mounts_anew`, that was restored from a backup, and
+    what its guest knows of it is out of date.
 
     `slot` is -1 while it has no place. `body` names the folder with what outlives its process. A
     running machine beside a published state has not run on from that state yet.
@@ -51,6 +52,7 @@ class Record:
     body: str = "body-1"
     handle: Mapping[str, str | int] | None = None
     mounted: Mapping[str, object] | None = None
+    mounts_anew: bool = False
     version: int = 0
     reason_code: str = ""
     reason_message: str = ""

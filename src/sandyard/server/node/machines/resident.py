@@ -194,6 +194,17 @@ class Resident:
     async def _mount(self, share: Share) -> None:
         await self.guest.mount(share, limit_s=self._means.patience(_MOUNT_S))
 
+    async def mount_anew(self) -> None:
+        """Mount its workspaces again if they were restored from a backup meanwhile: what its guest
+        knows of their files leads nowhere."""
+        share = self.record.share
+        if not self.record.mounts_anew or share is None:
+            return
+        for one in sorted(share.mounts, key=lambda one: one.path, reverse=True):
+            await self.guest.unmount(one.path)
+        await self._mount(share)
+        self.current.update(mounts_anew=False)
+
     def has_mounted(self, workspace_id: str) -> bool:
         """Tell whether its guest has a workspace mounted."""
         share = self.record.share

@@ -28,6 +28,7 @@ from sandyard.server.core.records import (
     Quarantined,
     Sandbox,
     Snapshot,
+    StoragePeriod,
     User,
 )
 from sandyard.server.core.states import Status
@@ -360,7 +361,7 @@ class Administration:
             node_id=found.node_id,
             name=None,
             template=found.template,
-            os=None,
+            os=found.os,
             shape=found.shape,
             is_ready=True,
             is_hidden=False,
@@ -368,6 +369,9 @@ class Administration:
             created_at=self._clock.now(),
         )
         await tx.snapshots.insert(made)
+        await tx.storage.open(
+            StoragePeriod("snapshot", made.id, organization.id, made.size_bytes, made.created_at)
+        )
         return made
 
     async def condemn(self, wanted_id: str) -> None:

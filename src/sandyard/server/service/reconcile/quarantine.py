@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import MachineFact, NodeControl, Phase, SnapshotFact
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
-from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.errors import DamagedError, IncompatibleError, SandyardError
 from sandyard.server.core.records import Quarantined, QuarantineKind
 from sandyard.server.core.shapes import NOTHING
 from sandyard.server.tasks import Work
@@ -47,6 +47,7 @@ class Quarantine:
         self._may_have_rows = True
         self._seen_snapshots: frozenset[str] = frozenset()
         self._may_have_snapshots = True
+        self._unreadable: set[str] = set()
         self._complained: set[str] = set()
         self._saving: set[str] = set()
         self._turns = 0
@@ -105,10 +106,13 @@ class Quarantine:
         async with self._store.read() as tx:
             rows = await self._rows(tx, "snapshot")
         now = self._clock.now()
-        added = [
-            await self._snapshot_of(one, now)
-            for one in sorted(twice - rows.keys())[:_DESCRIBED_MAX]
+        unknown = {one for one in twice if one not in rows or not rows[one].template}
+        found = [
+            await self._snapshot_of(one, rows.get(one), now)
+            for one in sorted(unknown - self._unreadable)[:_DESCRIBED_MAX]
         ]
+        added = [one for one in found if one is not None]
+        self.is_settled = self.is_settled and unknown <= self._unreadable
         gone = rows.keys() - self._seen_snapshots
         if added or gone:
             async with self._store.write(Turn.ALONE) as tx:
@@ -193,12 +197,20 @@ class Quarantine:
             found_at=now,
         )
 
-    async def _snapshot_of(self, snapshot_id: str, now: datetime) -> Quarantined:
+    async def _snapshot_of(
+        self, snapshot_id: str, row: Quarantined | None, now: datetime
+    ) -> Quarantined | None:
+        """Return what a node tells of a snapshot; None if it cannot tell now, and is asked
+        again."""
         try:
             fact = await self._node.find_snapshot(snapshot_id)
-        except SandyardError as error:
+        except (DamagedError, IncompatibleError) as error:
             log.warning("cannot read the snapshot %s in quarantine: %s", snapshot_id, error.message)
+            self._unreadable.add(snapshot_id)
             fact = SnapshotFact(snapshot_id, 0)
+        except SandyardError as error:
+            log.info("cannot ask for the snapshot %s now: %s", snapshot_id, error.message)
+            return None
         return Quarantined(
             id=snapshot_id,
             kind="snapshot",
@@ -208,8 +220,9 @@ class Quarantine:
             phase="saved",
             template=fact.template,
             shape=fact.shape or NOTHING,
-            found_at=now,
+            found_at=now if row is None else row.found_at,
             size_bytes=fact.size_bytes,
+            os=fact.os,
         )
 
 

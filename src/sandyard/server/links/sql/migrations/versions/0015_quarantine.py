@@ -25,6 +25,7 @@ def upgrade() -> None:
         sa.Column("disk_mib", sa.Integer(), nullable=False),
         sa.Column("found_at", sa.BigInteger(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("os", sa.Text()),
         sa.Column("is_unwanted", sa.Boolean(), nullable=False),
     )
     op.create_index("ix_quarantine_node_id", "quarantine", ["node_id"])
