@@ -184,6 +184,7 @@ async def test_what_cannot_be_copied_or_unpacked_is_said(
     settings = settings_of(home, sections=SECTIONS)
     async with open_yard(home, keep=True, saves=True, sections=SECTIONS) as yard:
         place = await a_workspace(yard, "Work")
+        await yard.act(await yard.create(), "pause")
         several = settings.model_copy(
             update={"cluster": settings.cluster.model_copy(update={"nats": ("nats://x",)})}
         )
@@ -193,8 +194,11 @@ async def test_what_cannot_be_copied_or_unpacked_is_said(
             broken = (*backup_files._TAR, "--no-such-option")
             patched.setattr(backup_files, "_TAR", broken)
             with pytest.raises(UnavailableError, match="no-such-option"):
-                await back_up(yard, file, Include.WORKSPACES)
+                await back_up(yard, file, Include.PAUSED)
             assert list(tmp_path.iterdir()) == [home]
+            # One workspace does not fail the backup of everything else.
+            _, said = await back_up(yard, tmp_path / "c", Include.WORKSPACES)
+            assert any("leaving out" in one and "no-such-option" in one for one in said)
         await back_up(yard, file, Include.WORKSPACES)
         shutil.rmtree(place)
         assert not any(one.name.endswith(".part") for one in tmp_path.iterdir())
@@ -215,10 +219,14 @@ async def test_a_tar_that_is_killed_makes_no_backup(
     dying.chmod(0o755)
     async with open_yard(home, keep=True, saves=True, sections=SECTIONS) as yard:
         await a_workspace(yard, "Work")
+        box = await yard.create()
+        await yard.act(box, "pause")
         monkeypatch.setattr(backup_files, "_TAR", (str(dying),))
         with pytest.raises(UnavailableError, match="tar ended with -9"):
-            await back_up(yard, file, Include.WORKSPACES)
-    assert not file.exists()
+            await back_up(yard, file, Include.PAUSED)
+        assert not file.exists()
+        _, said = await back_up(yard, file, Include.WORKSPACES)
+        assert any("tar ended with -9" in one for one in said)
 
 
 @pytest.mark.root

@@ -12,6 +12,7 @@ import asyncio
 import io
 import itertools
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -35,6 +36,8 @@ from sandyard.server.core.ids import is_uuid
 from sandyard.server.core.records import Workspace
 from sandyard.server.node.machines.records import Record, Records
 from sandyard.server.tasks import in_thread
+
+log = logging.getLogger(__name__)
 
 PREFIX = "files"
 _PIECE = 16 * 2**20
@@ -245,7 +248,9 @@ def _write_workspace(workspace: Workspace, place: Path, target: Target) -> None:
                 return
     finally:
         os.close(descriptor)
-    raise UnavailableError(f"cannot copy the workspace {workspace.slug}: {problem}")
+    # A tenant's files must not keep all others from being backed up.
+    log.error("leaving the workspace %s out of the backup: %s", workspace.id, problem)
+    target.progress(f"leaving out the workspace {workspace.id}: {problem}")
 
 
 def _write_archive(
