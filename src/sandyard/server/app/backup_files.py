@@ -204,21 +204,24 @@ async def _write_workspaces(settings: Settings, target: Target) -> None:
     target.progress(f"copying {len(existing)} workspaces")
     try:
         for one in existing:
-            if not _has_volume(settings, one.id):
-                continue  # it was deleted, and must not be made again
-            async with volumes.open(one.id, one.quota_bytes) as place:
-                await _written(one, place, target)
+            for _ in range(_TRIES):
+                if not _has_volume(settings, one.id):
+                    break  # it was deleted, and must not be made again
+                async with volumes.open(one.id, one.quota_bytes) as place:
+                    if await _written(one, place, target):
+                        break
     finally:
         # A running server closes those that it does not use itself, and only it knows which.
         if running_server(settings.home) is None:
             await volumes.close()
 
 
-async def _written(workspace: Workspace, place: Path, target: Target) -> None:
-    """Write a workspace to a backup. If cancelled, stop soon."""
+async def _written(workspace: Workspace, place: Path, target: Target) -> bool:
+    """Write a workspace to a backup; return False if it was just being closed. If cancelled, stop
+    soon."""
     writing = asyncio.ensure_future(in_thread(_write_workspace, workspace, place, target))
     try:
-        await asyncio.shield(writing)
+        return await asyncio.shield(writing)
     except asyncio.CancelledError:
         target.stop.set()
         await asyncio.wait([writing])
@@ -231,26 +234,25 @@ def _has_volume(settings: Settings, workspace_id: str) -> bool:
     return place.exists() or place.with_name(f"{workspace_id}.ext4").exists()
 
 
-def _write_workspace(workspace: Workspace, place: Path, target: Target) -> None:
+def _write_workspace(workspace: Workspace, place: Path, target: Target) -> bool:
     contents = Contents(Kind.WORKSPACE, workspace.id, (".",), workspace.quota_bytes)
     # Held open, so that the volume stays mounted until all of it is read.
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
         is_image = place.with_name(f"{place.name}.ext4").exists()
         if is_image and os.fstat(descriptor).st_dev == place.parent.stat().st_dev:
-            raise UnavailableError(
-                f"cannot copy the workspace {workspace.slug}: it is being closed; try again"
-            )
+            return False  # the server has unmounted it meanwhile
         root, problem = Path(f"/proc/{os.getpid()}/fd/{descriptor}"), ""
         for _ in range(_TRIES):
             written, problem = _write_archive(root, contents, target, lambda: contents)
             if written.is_complete:
-                return
+                return True
     finally:
         os.close(descriptor)
     # A tenant's files must not keep all others from being backed up.
     log.error("leaving the workspace %s out of the backup: %s", workspace.id, problem)
     target.progress(f"leaving out the workspace {workspace.id}: {problem}")
+    return True
 
 
 def _write_archive(
