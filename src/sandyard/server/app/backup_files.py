@@ -210,6 +210,8 @@ async def _write_workspaces(settings: Settings, target: Target) -> None:
                 async with volumes.open(one.id, one.quota_bytes) as place:
                     if await _written(one, place, target):
                         break
+            else:
+                target.progress(f"leaving out the workspace {one.id}: it is closed each time")
     finally:
         # A running server closes those that it does not use itself, and only it knows which.
         if running_server(settings.home) is None:
