@@ -6,6 +6,7 @@ import random
 import re
 import sqlite3
 import string
+import struct
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -70,6 +72,7 @@ from sandyard.server.core.states import Status
 from sandyard.server.links.identities import Authority, new_request
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import migrations, open_store, read_schema
+from sandyard.server.links.sql import store as store_module
 from sandyard.server.links.sql.migrate import schema_of
 from sandyard.server.links.sql.prepared import SQLITE, Prepared, Values
 from sandyard.server.links.sql.store import POSTGRES, PostgresStore
@@ -523,6 +526,50 @@ async def test_processes_lose_nothing_of_each_others(store: Store, url: str) -> 
         giver, taker = [await tx.credits.account(one.id) for one in await tx.organizations.every()]
     assert (giver.balance_cents, taker.balance_cents) == (-2 * times, 2 * times)
     assert (giver.used_cents, taker.used_cents) == (2 * times, 2 * times)
+
+
+def _message(kind: bytes, body: bytes) -> bytes:
+    """Return a message of PostgreSQL's protocol."""
+    return kind + struct.pack("!I", len(body) + 4) + body
+
+
+@pytest.mark.postgres
+async def test_a_server_that_is_suspended_within_a_statement_blocks_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No limit of PostgreSQL's own applies to it: see `store._suspended`."""
+    monkeypatch.setattr(store_module, "_SUSPENDED_S", 1)
+    monkeypatch.setattr(store_module, "_LOOK_S", 0.1)
+    async with postgres_url() as url, open_store(url, key=KEY) as store:
+        await furnish(store)
+        parts = urlsplit(url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        named = {"user": parts.username or "", "database": parts.path[1:]}
+        named |= {"application_name": "sandyard", "options": "-c statement_timeout=500"}
+        words = b"".join(f"{one}\0{value}\0".encode() for one, value in named.items()) + b"\0"
+        writer.write(_message(b"", struct.pack("!I", 196608) + words))
+        begin = f"BEGIN; {store_module._locks(ORG)}\0"
+        writer.write(_message(b"Q", begin.encode()))
+        async with asyncio.timeout(20):
+            while not (await reader.read(65536)).endswith(b"Z\0\0\0\x05T"):
+                pass
+        # A statement without its values: parse, describe, flush.
+        writer.write(_message(b"P", b"s\0SELECT 1\0\0\0") + _message(b"D", b"Ss\0"))
+        writer.write(_message(b"H", b""))
+        await writer.drain()
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+
+            async def pinging() -> None:
+                while True:
+                    await store.ping()
+                    await asyncio.sleep(0.1)
+
+            looking = tasks.create_task(pinging())
+            async with store.write(ORG) as tx:
+                await tx.sandboxes.insert(sandbox())
+            looking.cancel()
+        assert "of a server that is suspended" in caplog.text
+        writer.close()
 
 
 @pytest.mark.postgres

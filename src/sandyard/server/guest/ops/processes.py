@@ -124,7 +124,8 @@ async def start(
         if last is None or last.told.pid != wish.replaces:
             entry.forget_tag()
             context.table.keep(entry, limit_s=limit_s, keeps_end=False)
-            entry.signal(signal.SIGKILL, everything=True)
+            with contextlib.suppress(ConflictingError):  # a short one may have ended by itself
+                entry.signal(signal.SIGKILL, everything=True)
             raise NoProcessError(f"cannot replace the process {wish.replaces}: it was replaced")
         last.forget_tag()
     context.table.keep(entry, limit_s=limit_s, keeps_end=is_kept)

@@ -1,6 +1,7 @@
 """The store. See core.contracts.store.Store."""
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -14,16 +15,22 @@ from typing import Any
 from weakref import WeakValueDictionary
 from zlib import crc32
 
-from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import (
+    Boolean,
     CursorResult,
     Dialect,
     Engine,
     Executable,
+    column,
     create_engine,
     event,
+    func,
+    literal_column,
+    select,
+    table,
     text,
 )
+from sqlalchemy import Connection as SyncConnection
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -85,6 +92,7 @@ from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
 
+_APPLICATION = "sandyard"
 POSTGRES: dict[str, Any] = {
     "pool_size": 20,
     "max_overflow": 4,
@@ -95,22 +103,49 @@ POSTGRES: dict[str, Any] = {
         "timeout": BUSY_S,
         "command_timeout": ANSWER_S,
         "server_settings": {
+            "application_name": _APPLICATION,
             "lock_timeout": str(BUSY_S * 1000),
-            # A server that is suspended during a transaction must not block all others: between
-            # two statements, or within one, where the driver first has it prepared and then sends
-            # its values. One statement may wait for two locks.
+            # A server that is suspended between two statements must not block all others; for one
+            # that is suspended within a statement see `_suspended`. One may wait for two locks.
             "idle_in_transaction_session_timeout": str(BUSY_S * 1000),
             "statement_timeout": str(2 * BUSY_S * 1000),
         },
     },
 }
 _PING_S = 2.0
+_SUSPENDED_S, _LOOK_S = BUSY_S, 5.0
 # Arbitrary numbers, the same in every process: they name locks. An exclusive writer holds the
 # first one alone, others share it; there is one of the second kind for each organization.
 _WRITERS, _ORGANIZATION = 0x53414E44, 0x53414E46
 _SCHEMA_LOCK = 0x53414E45
 _ALONE = f"SELECT pg_advisory_xact_lock({_WRITERS})"
 _BESIDE = f"SELECT pg_advisory_xact_lock_shared({_WRITERS})"
+
+
+@functools.cache
+def _suspended(seconds: float) -> Prepared:
+    """Return a statement that ends the sessions of servers that have sent a part of a statement,
+    its text without its values, and nothing for so long.
+
+    PostgreSQL applies none of its limits to them, and their locks would be held for as long as the
+    server is suspended: they are active, not idle, and a statement's limit is not looked at while a
+    message is awaited (`HOLD_CANCEL_INTERRUPTS` in its SocketBackend).
+    """
+    c = table(
+        "pg_stat_activity",
+        *map(column, ("pid", "datname", "usename", "application_name", "state", "wait_event")),
+        column("state_change"),
+    ).c
+    return Prepared(
+        select(func.pg_terminate_backend(c.pid, type_=Boolean).label("ended")).where(
+            c.datname == func.current_database(),
+            c.usename == literal_column("current_user"),
+            c.application_name == literal_column(f"'{_APPLICATION}'"),
+            c.state == literal_column("'active'"),
+            c.wait_event == literal_column("'ClientRead'"),
+            c.state_change < literal_column(f"clock_timestamp() - interval '{seconds} seconds'"),
+        )
+    )
 
 
 class SqlTransaction:
@@ -161,6 +196,7 @@ class PostgresStore:
         # Who waits here for one's turn keeps no connection from others. Each lives for as long as
         # it is held or waited for.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._look_at = 0.0
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[SqlTransaction]:
@@ -217,9 +253,25 @@ class PostgresStore:
             if _is_silence(error.__cause__):
                 self._transactions.give_up()
             raise
+        else:
+            await self._end_suspended()
         finally:
             late.cancel()
         self._transactions.resume()
+
+    async def _end_suspended(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_S
+        try:
+            if ended := await self._pings.fetch(_suspended(_SUSPENDED_S), {}):
+                log.warning(
+                    "ended %d transactions of a server that is suspended within a statement",
+                    len(ended),
+                )
+        except (DBAPIError, TimeoutError) as error:
+            log.debug("cannot look for suspended servers: %s", error)
 
 
 class SqliteStore:
