@@ -48,7 +48,7 @@ class TrustedAuthority:
 
 @dataclass(frozen=True)
 class Authorities:
-    """The authorities of an installation, and the command that is next, if any."""
+    """The authorities of an installation, and what an operator has to do next to replace them."""
 
     trusted: tuple[TrustedAuthority, ...]
     next_step: str
@@ -122,7 +122,10 @@ async def _opened(
 async def _write(store: Store, known: Installation, changed: Installation) -> Authorities:
     async with store.write(Turn.ALONE) as tx:
         if Installation.of(await tx.secrets.find(INSTALLATION) or {}) != known:
-            raise ConflictError("cannot do this: somebody else has changed the authorities now")
+            raise ConflictError(
+                "cannot change the authorities: another command has just changed them; run "
+                "`sandyard admin authority show`"
+            )
         await tx.secrets.replace(INSTALLATION, changed.values())
     return _shown(changed)
 

@@ -19,12 +19,12 @@ import subprocess
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self, TypeVar
 
 from sandyard.server.app.database import open_database
 from sandyard.server.app.installation import running_server
@@ -48,6 +48,7 @@ _IN_PART = 2
 _TAR = ("tar", "--format=posix", "--sparse", "--xattrs", "--xattrs-include=*", "--acls",
         "--numeric-owner")  # fmt: skip
 Progress = Callable[[str], None]
+_T = TypeVar("_T")
 
 
 class Include(StrEnum):
@@ -109,7 +110,7 @@ def write_files(settings: Settings, include: frozenset[Include], target: Target)
 def _write_machines(settings: Settings, include: frozenset[Include], target: Target) -> None:
     home = settings.home
     machines = Records(home / "machines").all() if Include.PAUSED in include else []
-    paused = _paused(home) if Include.PAUSED in include else []
+    paused = _paused_of(machines)
     if left := len([one for one in machines if one.sandbox_id]) - len(paused):
         target.progress(f"leaving out {left} sandboxes that are not paused")
     images = {f"machines/{one.id}": one.image for one in paused}
@@ -119,7 +120,7 @@ def _write_machines(settings: Settings, include: frozenset[Include], target: Tar
     images |= dict(_templates_with(home, frozenset(images.values())))
     looks = {path: _looks(home / path) for path in images}
     # What was resumed or removed since it was listed is none of it any more.
-    still = {one.id for one in _paused(home)} if paused else set()
+    still = {one.id for one in _paused_of(Records(home / "machines").all())} if paused else set()
     before = {
         path: look
         for path, look in looks.items()
@@ -153,8 +154,8 @@ def _write_machines(settings: Settings, include: frozenset[Include], target: Tar
     raise UnavailableError("cannot copy the machines: they are in use; try again")
 
 
-def _paused(home: Path) -> list[Record]:
-    return [one for one in Records(home / "machines").all() if one.phase is Phase.PAUSED]
+def _paused_of(machines: Iterable[Record]) -> list[Record]:
+    return [one for one in machines if one.phase is Phase.PAUSED]
 
 
 def _snapshots_in(home: Path) -> Iterator[tuple[str, str]]:
@@ -219,15 +220,20 @@ async def _write_workspaces(settings: Settings, target: Target) -> None:
 
 
 async def _written(workspace: Workspace, place: Path, target: Target) -> bool:
-    """Write a workspace to a backup; return False if it was just being closed. If cancelled, stop
-    soon."""
-    writing = asyncio.ensure_future(in_thread(_write_workspace, workspace, place, target))
+    """Write a workspace to a backup; return False if it was just being closed."""
+    return await stopped_by(target.stop, in_thread(_write_workspace, workspace, place, target))
+
+
+async def stopped_by(stop: threading.Event, work: Coroutine[Any, Any, _T]) -> _T:
+    """Return the result of work in a thread. If cancelled, set what has it stop soon, and wait for
+    its end."""
+    doing = asyncio.ensure_future(work)
     try:
-        return await asyncio.shield(writing)
+        return await asyncio.shield(doing)
     except asyncio.CancelledError:
-        target.stop.set()
-        await asyncio.wait([writing])
-        writing.exception()  # what it failed with does not matter any more
+        stop.set()
+        await asyncio.wait([doing])
+        doing.exception()  # what it failed with does not matter any more
         raise
 
 

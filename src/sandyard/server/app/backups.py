@@ -47,6 +47,7 @@ from sandyard.server.app.backup_files import (
     put_back,
     put_workspaces_back,
     remove_tree,
+    stopped_by,
     write_files,
 )
 from sandyard.server.app.database import refuse_node
@@ -278,7 +279,8 @@ async def _back_up_now(
     passphrase = (await in_thread(passphrase_file.read_text)).strip()
     file = folder / f"{clock.now():%Y%m%dT%H%M%SZ}{_SUFFIX}"
     stop = threading.Event()
-    work = asyncio.ensure_future(
+    await stopped_by(
+        stop,
         in_thread(
             backup,
             settings,
@@ -287,15 +289,8 @@ async def _back_up_now(
             include=map(Include, settings.backup.include),
             progress=lambda said: log.info("backup: %s", said),
             stop=stop,
-        )
+        ),
     )
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait([work])
-        work.exception()  # what it failed with does not matter any more
-        raise
     await in_thread(_remove_old, folder, settings.backup.keep)
     log.info("made the backup %s", file)
 

@@ -124,7 +124,7 @@ async def start(
         if last is None or last.told.pid != wish.replaces:
             entry.forget_tag()
             context.table.keep(entry, limit_s=limit_s, keeps_end=False)
-            with contextlib.suppress(ConflictingError):  # a short one may have ended by itself
+            with contextlib.suppress(ConflictingError):  # it may have ended already
                 entry.signal(signal.SIGKILL, everything=True)
             raise NoProcessError(f"cannot replace the process {wish.replaces}: it was replaced")
         last.forget_tag()

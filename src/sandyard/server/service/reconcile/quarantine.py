@@ -26,8 +26,8 @@ _AWAKE = frozenset({Phase.RUNNING, Phase.WAKING})
 
 
 class Quarantine:
-    """See the module. `keeps` is how long machines are kept; without it there is no limit. `beside`
-    starts work concurrently, once at a time for a name."""
+    """See the module. `keeps` is how long machines and snapshots are kept; None means no limit.
+    `beside` starts work concurrently, once at a time for a name."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Quarantine:
                 self._beside(fact.sandbox_id, self._save(fact))
 
     async def _condemn(self, wanted_id: str) -> None:
-        # Not removed at once: somebody may be adopting it.
+        # Only marked here: an operator may be adopting it at this moment.
         async with self._store.write(Turn.ALONE) as tx:
             await tx.quarantine.condemn(wanted_id)
 
