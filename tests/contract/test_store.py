@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,7 +32,7 @@ from tests.support.postgres import postgres_url
 from tests.support.store import recounted, written_in
 
 from sandyard.server.app.backups import environment_of
-from sandyard.server.core.contracts.store import Hold, Store, Turn
+from sandyard.server.core.contracts.store import Effects, Hold, Store, Turn
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.ids import digest_of_key, new_sandbox_id, new_uuid
 from sandyard.server.core.money import Account
@@ -168,6 +169,17 @@ def sandbox(**changes: object) -> Sandbox:
 
 
 HALF_A_MINUTE, OVER = timedelta(seconds=30), timedelta(seconds=-1)
+
+
+by_id = attrgetter("id")
+
+
+def line_of(one: Sandbox) -> Activity:
+    return Activity(
+        id=new_uuid(), org_id=ORG, actor_user_id=USER, actor_type="user", event_type="e",
+        resource_type="sandbox", resource_id=one.id, severity="info", status="s", title="t",
+        summary="", created_at=NOW, sandbox_id=one.id, attributes={"a": 1},
+    )  # fmt: skip
 
 
 def held(lease: str, lasts: timedelta = HALF_A_MINUTE) -> Hold:
@@ -317,6 +329,50 @@ async def test_a_write_names_the_version_it_read(store: Store) -> None:
     async with store.write(Turn.ALONE) as tx:
         assert await tx.sandboxes.replace(replace(one, status=Status.FAILED)) is None
     assert (await find(store, one.id)).status is Status.CREATING
+
+
+async def test_effects_are_written_with_a_change_or_not_at_all(store: Store) -> None:
+    one, began, ended = sandbox(), NOW + SECOND, NOW + 3 * SECOND
+    made, ran, stopped = (line_of(one) for _ in range(3))
+    async with store.write(ORG) as tx:
+        await tx.sandboxes.insert(one, effects=Effects(line=made))
+    period = UsagePeriod(one.id, ORG, 1, one.shape, began)
+    async with store.write(ORG) as tx:
+        running = await tx.sandboxes.replace(
+            replace(one, status=Status.RUNNING), effects=Effects(line=ran, opens=period)
+        )
+    assert running is not None
+    late = Effects(line_of(one), replace(period, incarnation=2), closes_at=ended)
+    async with store.write(ORG) as tx:
+        assert await tx.sandboxes.replace(one, effects=late) is None
+        assert await tx.sandboxes.replace(running, lease="not held", effects=late) is None
+    async with store.read() as tx:
+        [opened] = await tx.usage.of_sandbox(one.id)
+        assert replace(opened, id=period.id) == period
+    async with store.write(ORG) as tx:
+        paused = replace(running, status=Status.PAUSED, name="ünï '$1' :x %s")
+        effects = Effects(stopped, closes_at=ended)
+        assert await tx.sandboxes.replace(paused, is_use=True, effects=effects) is not None
+    async with store.read() as tx:
+        assert await tx.usage.of_sandbox(one.id) == [replace(opened, ended_at=ended)]
+        lines = await tx.activity.page(ActivityQuery(ORG, 10, matches={"sandbox_id": one.id}))
+    assert sorted(lines, key=by_id) == sorted([made, ran, stopped], key=by_id)
+    with pytest.raises(AlreadyExistsError):
+        async with store.write(ORG) as tx:
+            double = sandbox(name=paused.name)
+            await tx.sandboxes.insert(double, effects=Effects(line_of(double)))
+    assert not await exists(store, double.id)
+
+
+async def test_a_period_ends_no_earlier_than_it_began(store: Store) -> None:
+    one = sandbox(status=Status.RUNNING)
+    await insert(store, one)
+    async with store.write(ORG) as tx:
+        await tx.usage.open(UsagePeriod(one.id, ORG, 1, one.shape, NOW))
+        effects = Effects(closes_at=NOW - SECOND)
+        assert await tx.sandboxes.replace(replace(one, status=Status.PAUSED), effects=effects)
+        [period] = await tx.usage.of_sandbox(one.id)
+    assert period.ended_at == NOW
 
 
 async def test_a_row_that_is_behind_goes_on_from_where_its_node_is(store: Store) -> None:
@@ -1208,11 +1264,7 @@ async def test_at_most_one_usage_period_is_open(store: Store) -> None:
 async def test_activity_is_kept_and_use_is_noted(store: Store) -> None:
     one = sandbox()
     await insert(store, one)
-    line = Activity(
-        id=new_uuid(), org_id=ORG, actor_user_id=USER, actor_type="user", event_type="e",
-        resource_type="sandbox", resource_id=one.id, severity="info", status="s", title="t",
-        summary="", created_at=NOW, sandbox_id=one.id, attributes={"a": 1},
-    )  # fmt: skip
+    line = line_of(one)
     async with store.write(Turn.ALONE) as tx:
         await tx.activity.append(line)
         await tx.activity.touch(one.id, at=NOW, kind="exec")

@@ -69,7 +69,6 @@ async def create_sandbox(
     request: Request,
     actor: CanCreate,
     creation: Creator,
-    service: Service,
     where: Where,
     body: CreateSandbox,
     keyed: Keyed,
@@ -78,9 +77,7 @@ async def create_sandbox(
     """Create a sandbox. It is running at once if the pool has one, else it starts in the
     background; `wait` delays the answer until it runs."""
     check_offered(body)
-    sandbox = await creation.create(actor, body.wish(), request=keyed)
-    if wait:
-        sandbox = await service.until_up(sandbox, limit_s=wait)
+    sandbox = await creation.create(actor, body.wish(), request=keyed, wait_s=wait)
     return enveloped(request, sandbox_out(sandbox, actor, where))
 
 

@@ -5,7 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 from sandyard.server.core.money import Account, PriceList, Prices
 from sandyard.server.core.records import (
@@ -52,6 +52,21 @@ class Hold:
     lasts: timedelta
 
 
+@dataclass(frozen=True)
+class Effects:
+    """What is written with a change of a sandbox, if the change is.
+
+    `line` is of the feed; `opens` is a usage period that begins; the open one ends at `closes_at`.
+    """
+
+    line: Activity | None = None
+    opens: UsagePeriod | None = None
+    closes_at: datetime | None = None
+
+
+NO_EFFECTS: Final = Effects()
+
+
 class Turn(Enum):
     """The turn of a transaction that belongs to no organization: which others may run at the same
     time."""
@@ -66,8 +81,11 @@ class Turn(Enum):
 class SandboxRows(Protocol):
     """Sandboxes as stored. Every write names the version it read and fails if that has passed."""
 
-    async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> Sandbox:
-        """Add a sandbox, leased at once if `hold` is given, and return it with its owner's name.
+    async def insert(
+        self, sandbox: Sandbox, *, hold: Hold | None = None, effects: Effects = NO_EFFECTS
+    ) -> Sandbox:
+        """Add a sandbox, leased at once if `hold` is given, with its effects, and return it with
+        its owner's name.
 
         Raises:
             AlreadyExistsError: the organization has a live sandbox of that name.
@@ -98,8 +116,10 @@ class SandboxRows(Protocol):
         hold: Hold | None = None,
         retag: bool = False,
         is_use: bool = False,
+        effects: Effects = NO_EFFECTS,
     ) -> Sandbox | None:
-        """Write a sandbox if its `version` is still the stored one, and return it as stored.
+        """Write a sandbox, and the effects of that, if its `version` is still the stored one, and
+        return it as stored.
 
         With `lease`, the lease must be held too, and stays held; without, whoever holds one loses
         it, to `hold` if that is given. None if the row has moved on: nothing is written. Tags are

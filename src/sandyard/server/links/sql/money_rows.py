@@ -8,13 +8,14 @@ from sqlalchemy import (
     ColumnElement,
     Table,
     bindparam,
-    case,
+    column,
     delete,
     insert,
     or_,
     select,
     type_coerce,
     update,
+    values,
 )
 from sqlalchemy.exc import IntegrityError
 
@@ -30,6 +31,7 @@ from sandyard.server.core.records import (
 )
 from sandyard.server.core.shapes import Shape, ShapeSeconds
 from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.effects import CLOSE, OPEN, closing, of_period
 from sandyard.server.links.sql.prepared import Prepared
 from sandyard.server.links.sql.rows import Connection, put
 
@@ -44,11 +46,8 @@ class UsageTable:
 
     async def open(self, period: UsagePeriod) -> None:
         """See core.contracts.store.UsageRows.open."""
-        values = {
-            name: value for name, value in vars(period).items() if name not in ("shape", "id")
-        }
         try:
-            await self._connection.run(_OPEN, values | vars(period.shape))
+            await self._connection.run(OPEN, of_period(period))
         except IntegrityError as error:
             raise InternalError(
                 f"cannot open a usage period: {period.sandbox_id} has one open"
@@ -56,8 +55,8 @@ class UsageTable:
 
     async def close(self, sandbox_id: str, at: datetime) -> bool:
         """See core.contracts.store.UsageRows.close."""
-        closed = {"wanted_id": sandbox_id, "ended": at}
-        return bool(await self._connection.fetch(_CLOSE_USAGE, closed))
+        closed = {"ended_id": sandbox_id, "ended": at}
+        return bool(await self._connection.fetch(CLOSE, closed))
 
     async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
         """See core.contracts.store.UsageRows.of_sandbox."""
@@ -367,15 +366,6 @@ def _in_use(of: Mapping[str, Any], now: datetime) -> InUse:
     )
 
 
-def _closing(table: Table, *which: ColumnElement[bool]) -> Prepared:
-    c, ended = table.c, bindparam("ended", type_=t.Moment)
-    # A clock that was set back must not make a period end before it began.
-    latest = case((c.started_at > ended, c.started_at), else_=ended)
-    return Prepared(
-        update(table).where(*which, c.ended_at.is_(None)).values(ended_at=latest).returning(c.id)
-    )
-
-
 async def _reopen(
     connection: Connection, table: Table, org_id: str, at: datetime, most: int
 ) -> int:
@@ -400,21 +390,18 @@ async def _reopen(
 async def _charge(
     connection: Connection, table: Table, periods: Sequence[UsagePeriod | StoragePeriod]
 ) -> None:
-    if periods:
-        c = table.c
-        await connection.execute(
-            update(table)
-            .where(c.id == bindparam("known_id"))
-            .values(posted=bindparam("now_posted"), is_settled=bindparam("now_settled")),
-            [
-                {"known_id": one.id, "now_posted": one.posted, "now_settled": one.is_settled}
-                for one in periods
-            ],
-        )
+    if not periods:
+        return
+    c = table.c
+    columns = [column(one.name, one.type) for one in (c.id, c.posted, c.is_settled)]
+    rows = [(one.id, one.posted, one.is_settled) for one in periods]
+    now = values(*columns, name="now").data(rows).cte("now").c
+    await connection.execute(
+        update(table).where(c.id == now.id).values(posted=now.posted, is_settled=now.is_settled)
+    )
 
 
 # What every create runs is built once: to build a statement takes longer than to run it.
-_OPEN = Prepared(insert(t.usage_periods))
 _ACCOUNT = Prepared(select(t.accounts).where(t.accounts.c.org_id == bindparam("wanted_org")))
 _TOTALS = Prepared(select(t.org_totals).where(t.org_totals.c.org_id == bindparam("wanted_org")))
 _HISTORY = Prepared(select(t.prices).order_by(t.prices.c.since))
@@ -437,11 +424,12 @@ _POSITION = Prepared(
     .outerjoin(t.accounts, t.accounts.c.org_id == _organization)
     .where(_organization == bindparam("wanted_org"))
 )
-_CLOSE_USAGE = _closing(t.usage_periods, t.usage_periods.c.sandbox_id == bindparam("wanted_id"))
-_CLOSE_STORAGE = _closing(
-    t.storage_periods,
-    t.storage_periods.c.kind == bindparam("wanted_kind"),
-    t.storage_periods.c.resource_id == bindparam("wanted_id"),
+_CLOSE_STORAGE = Prepared(
+    closing(
+        t.storage_periods,
+        t.storage_periods.c.kind == bindparam("wanted_kind"),
+        t.storage_periods.c.resource_id == bindparam("wanted_id"),
+    ).returning(t.storage_periods.c.id)
 )
 _NOW = Prepared(select(type_coerce(t.now(), t.Moment).label("moment")))
 _FACT = Prepared(select(t.facts.c.moment).where(t.facts.c.name == bindparam("wanted_name")))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Dialect, Executable
+from sqlalchemy import Dialect
 from sqlalchemy.dialects.postgresql import asyncpg as of_postgres
 from sqlalchemy.dialects.sqlite import pysqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
@@ -61,14 +61,11 @@ class StatementPlan:
 class Prepared:
     """One prepared statement. It has no list parameters, because those have varying lengths."""
 
-    def __init__(self, statement: Executable) -> None:
-        self._statement = statement
+    def __init__(self, statement: Any, *, writes: bool | None = None) -> None:
+        """A statement that selects and has parts that write is said to write."""
+        self.statement = statement
+        self.writes = bool(statement.is_dml) if writes is None else writes
         self._plans: dict[tuple[str, frozenset[str]], StatementPlan] = {}
-
-    @property
-    def writes(self) -> bool:
-        """Whether it changes data."""
-        return bool(self._statement.is_dml)
 
     def fetch(self, connection: sqlite3.Connection, values: Values) -> list[dict[str, Any]]:
         """Run it on SQLite and return the rows as Python values by column name."""
@@ -87,7 +84,7 @@ class Prepared:
         """Return its plan for a database, with values of these names."""
         names = frozenset(values)
         if (plan := self._plans.get((dialect.name, names))) is None:
-            plan = _plan_of(self._statement, names, dialect)
+            plan = _plan_of(self.statement, names, dialect)
             self._plans[dialect.name, names] = plan
         return plan
 

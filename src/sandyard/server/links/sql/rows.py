@@ -35,7 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from sandyard.server.core.contracts.store import Hold
+from sandyard.server.core.contracts.store import NO_EFFECTS, Effects, Hold
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.records import (
     Activity,
@@ -57,6 +57,7 @@ from sandyard.server.core.records import (
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import ENDING, HIDDEN, Status
 from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.effects import APPEND, as_one, of_effects, of_line
 from sandyard.server.links.sql.prepared import Prepared, Values
 from sandyard.server.links.sql.seal import Seal
 
@@ -102,13 +103,12 @@ class SandboxTable:
         self._connection = connection
         self._seal = seal
 
-    async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> Sandbox:
+    async def insert(
+        self, sandbox: Sandbox, *, hold: Hold | None = None, effects: Effects = NO_EFFECTS
+    ) -> Sandbox:
         """See core.contracts.store.SandboxRows.insert."""
         values = self._values(sandbox) | _held(hold)
-        try:
-            [owner] = await self._connection.fetch(_INSERT, values)
-        except IntegrityError as error:
-            raise _name_is_taken(error, sandbox.name) from error
+        [owner] = await self._write(sandbox, _INSERT, values, effects)
         if sandbox.tags:
             await self._add_tags(sandbox)
         if sandbox.mounts:
@@ -164,6 +164,7 @@ class SandboxTable:
         hold: Hold | None = None,
         retag: bool = False,
         is_use: bool = False,
+        effects: Effects = NO_EFFECTS,
     ) -> Sandbox | None:
         """See core.contracts.store.SandboxRows.replace."""
         values = self._values(sandbox) | {"version": sandbox.version + 1}
@@ -171,11 +172,8 @@ class SandboxTable:
             del values[name]
         values |= {"known_id": sandbox.id, "known_version": sandbox.version}
         values |= _held(hold) if lease is None else {"known_lease": lease}
-        try:
-            done = await self._connection.run(_replacing(lease is not None, is_use), values)
-        except IntegrityError as error:
-            raise _name_is_taken(error, sandbox.name) from error
-        if done == 0:
+        change = _replacing(lease is not None, is_use)
+        if not await self._write(sandbox, change, values, effects):
             return None
         if retag:
             await self._connection.execute(
@@ -332,6 +330,24 @@ class SandboxTable:
         rows = [dict(zip(names, row, strict=True)) for row in found]
         return [self._sandbox(row) for row in rows if row["status"] in _KNOWN]
 
+    async def _write(
+        self, sandbox: Sandbox, change: Prepared, values: Values, effects: Effects
+    ) -> list[dict[str, Any]]:
+        """Run a change of a sandbox, and what is written with it. Return columns of the row, or
+        nothing if there is none."""
+        rest = of_effects(sandbox.id, effects)
+        if rest and self._connection.dialect.name != "sqlite":
+            change, values = as_one(change, values, rest)
+            rest = []
+        try:
+            changed = await self._connection.fetch(change, values)
+        except IntegrityError as error:
+            raise _name_is_taken(error, sandbox.name) from error
+        if changed:
+            for statement, its in rest:
+                await self._connection.fetch(statement, its)
+        return changed
+
     async def _add_tags(self, sandbox: Sandbox) -> None:
         if sandbox.tags:
             await self._connection.execute(
@@ -438,8 +454,7 @@ class ActivityTable:
 
     async def append(self, activity: Activity) -> None:
         """See core.contracts.store.ActivityRows.append."""
-        values = vars(activity) | {"attributes": dict(activity.attributes)}
-        await self._connection.run(_APPEND, values)
+        await self._connection.run(APPEND, of_line(activity))
 
     async def touch(self, sandbox_id: str, *, at: datetime, kind: str) -> None:
         """See core.contracts.store.ActivityRows.touch."""
@@ -810,13 +825,11 @@ def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> P
 @functools.cache
 def _replacing(is_held: bool, is_use: bool) -> Prepared:
     written = _written | {name: bindparam(name) for name in (_USED if is_use else ())}
-    if not is_held:
-        return Prepared(update(t.sandboxes).where(*_known).values(written))
-    return Prepared(
-        update(t.sandboxes)
-        .where(*_known, _c.lease_token == bindparam("known_lease"))
-        .values({name: value for name, value in written.items() if name not in _leases})
-    )
+    change = update(t.sandboxes).where(*_known)
+    if is_held:
+        change = change.where(_c.lease_token == bindparam("known_lease"))
+        written = {name: value for name, value in written.items() if name not in _leases}
+    return Prepared(change.values(written).returning(_c.id))
 
 
 _TOUCH = Prepared(
@@ -898,7 +911,6 @@ def _claim_of(statuses: frozenset[Status]) -> Prepared:
     )
 
 
-_APPEND = Prepared(insert(t.activity))
 _NODE = Prepared(select(t.nodes).where(t.nodes.c.id == bindparam("wanted_id")))
 _TICKET = Prepared(select(t.tickets).where(t.tickets.c.digest == bindparam("wanted_digest")))
 

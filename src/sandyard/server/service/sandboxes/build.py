@@ -69,6 +69,7 @@ def build_sandboxes(
         creation=Creation(
             platform,
             worker=worker,
+            power=power,
             ssh_keys=ssh_keys,
             hash_password=hash_password,
             pooled_wait_s=waits.pooled_s,

@@ -101,10 +101,6 @@ class Sandboxes:
         async with self._store.glance() as tx:
             return await tx.sandboxes.page(query)
 
-    async def until_up(self, sandbox: Sandbox, *, limit_s: float) -> Sandbox:
-        """See `Power.until_up`."""
-        return await self._power.until_up(sandbox, limit_s=limit_s)
-
     async def delete(self, actor: Actor, reference: str, *, wait: bool) -> Sandbox:
         """Delete a sandbox in any status; with `wait`, wait until it is gone, and at most a minute,
         or ten seconds if it is on another host.

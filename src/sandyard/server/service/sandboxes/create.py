@@ -27,7 +27,8 @@ from sandyard.server.service.sandboxes.mounts import (
     still_there,
 )
 from sandyard.server.service.sandboxes.platform import Platform
-from sandyard.server.service.sandboxes.register import get_snapshot
+from sandyard.server.service.sandboxes.power import Power
+from sandyard.server.service.sandboxes.register import Deadline, get_snapshot
 from sandyard.server.service.sandboxes.worker import Worker, new_lease
 
 
@@ -84,6 +85,7 @@ class Creation:
         platform: Platform,
         *,
         worker: Worker,
+        power: Power,
         ssh_keys: KeyRing,
         hash_password: Callable[[str], Awaitable[str]],
         pooled_wait_s: float,
@@ -94,6 +96,7 @@ class Creation:
         self._templates = platform.templates
         self._lifecycle = platform.lifecycle
         self._worker = worker
+        self._power = power
         self._quota = platform.quota
         self._ssh_keys = ssh_keys
         self._repeats = platform.repeats
@@ -102,12 +105,17 @@ class Creation:
         self._pooled_wait_s = pooled_wait_s
 
     async def create(
-        self, actor: Actor, wish: NewSandbox, *, request: Repeatable | None = None
+        self,
+        actor: Actor,
+        wish: NewSandbox,
+        *,
+        request: Repeatable | None = None,
+        wait_s: float = 0,
     ) -> Sandbox:
         """Store a new sandbox, start it, and return it.
 
-        It is running if the pool had a machine; otherwise it starts in the background. A repeated
-        `request` returns what the first one created.
+        It is running if the pool had a machine, or if it has started within `wait_s`; otherwise it
+        starts in the background. A repeated `request` returns what the first one created.
 
         Raises:
             InvalidArgumentError: a value is invalid; `facts` name the field.
@@ -117,17 +125,22 @@ class Creation:
             UnavailableError: the template is not built, or no node has capacity.
         """
         actor.require("sandbox:create")
+        until = Deadline(self._clock, wait_s)
+        claim, limit_s = None, wait_s
         async with self._repeats.turn(actor, request):
-            if (made := await self._made_before(actor, request)) is not None:
-                return made
-            sandbox, placed = await self._new(actor, wish)
-            with new_lease(self._worker, sandbox.id) as hold:
-                made = await self._written(actor, sandbox, wish, request, hold)
-            if made.id != sandbox.id:
-                return made
-            limit_s = self._pooled_wait_s if placed.is_waiting else 0
-            await self._worker.run_now(Claim(made, hold.lease), limit_s=limit_s)
-            return await self._register.reread(made.id) if placed.is_waiting else made
+            made = await self._made_before(actor, request)
+            if made is None:
+                sandbox, placed = await self._new(actor, wish)
+                with new_lease(self._worker, sandbox.id) as hold:
+                    made = await self._written(actor, sandbox, wish, request, hold)
+                if made.id == sandbox.id:
+                    claim = Claim(made, hold.lease)
+                if placed.is_waiting:
+                    limit_s = max(limit_s, self._pooled_wait_s)
+        if claim is not None:
+            await self._worker.run_now(claim, limit_s=limit_s)
+            made = await self._register.reread(made.id) if limit_s > 0 else made
+        return await self._power.until_up(made, limit_s=until.left_s) if wait_s > 0 else made
 
     async def _written(
         self,

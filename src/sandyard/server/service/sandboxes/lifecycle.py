@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Hold, Store, Transaction
+from sandyard.server.core.contracts.store import Effects, Hold, Store, Transaction
 from sandyard.server.core.errors import ConflictError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.records import (
@@ -70,9 +70,9 @@ class Lifecycle:
         Raises:
             AlreadyExistsError: the name is taken.
         """
-        sandbox = await tx.sandboxes.insert(await _without_deleted_keys(tx, sandbox), hold=hold)
-        await tx.activity.append(_line(sandbox, "sandbox.created", actor))
-        return sandbox
+        sandbox = await _without_deleted_keys(tx, sandbox)
+        effects = Effects(line=_line(sandbox, "sandbox.created", actor))
+        return await tx.sandboxes.insert(sandbox, hold=hold, effects=effects)
 
     async def apply(
         self,
@@ -110,6 +110,7 @@ class Lifecycle:
         if used is not None:
             changed = replace(changed, last_activity_at=now, last_activity_kind=used)
         changed = with_end(changed, now)
+        effects = _effects(sandbox, changed, actor, ended_at)
         if event is Event.PAUSE_FAILED and changed.pauses_at_end and is_over(changed, now):
             changed = replace(changed, expires_at=now + _PAUSE_AGAIN)
         async with self._store.write(sandbox.org_id) as tx:
@@ -119,15 +120,15 @@ class Lifecycle:
                     return None
                 await check(tx)
             stored = await tx.sandboxes.replace(
-                changed, lease=lease, hold=hold, is_use=used is not None
+                changed, lease=lease, hold=hold, is_use=used is not None, effects=effects
             )
             if stored is None:
                 return None
-            await self._meter(tx, sandbox, stored, ended_at)
+            if effects.closes_at is not None and effects.closes_at < now:
+                await tx.usage.shorten(sandbox.id, effects.closes_at)
+            await _meter_saved(tx, sandbox, stored)
             if event is Event.ROLL_BACK:
                 await tx.activity.append(_rolled_back(stored, actor))
-            if stored.status is not sandbox.status:
-                await tx.activity.append(_changed(sandbox.status, stored, actor))
         self._bus.hint(topic_of(sandbox.id))
         if lease is None and hold is None:
             self._bus.hint(WORK)  # not the worker's own step: there may be something to do
@@ -171,40 +172,44 @@ class Lifecycle:
             )
         self._bus.hint(topic_of(sandbox.id))
 
-    async def _meter(
-        self, tx: Transaction, before: Sandbox, after: Sandbox, ended_at: datetime | None
-    ) -> None:
-        now = after.updated_at
-        was, is_now = before.status in BILLED, after.status in BILLED
-        if is_now and not was:
-            await tx.usage.open(
-                UsagePeriod(
-                    sandbox_id=after.id,
-                    org_id=after.org_id,
-                    incarnation=after.incarnation,
-                    shape=after.shape,
-                    started_at=now,
-                    is_free=after.is_test,
-                )
+
+def _effects(
+    before: Sandbox, after: Sandbox, actor: Actor | None, ended_at: datetime | None
+) -> Effects:
+    now, opens, closes_at = after.updated_at, None, None
+    if after.status in BILLED and before.status not in BILLED:
+        opens = UsagePeriod(
+            sandbox_id=after.id,
+            org_id=after.org_id,
+            incarnation=after.incarnation,
+            shape=after.shape,
+            started_at=now,
+            is_free=after.is_test,
+        )
+    elif before.status in BILLED and after.status not in BILLED:
+        closes_at = min(now, ended_at or now)
+    is_said = after.status is not before.status
+    line = _changed(before.status, after, actor) if is_said else None
+    return Effects(line, opens, closes_at)
+
+
+async def _meter_saved(tx: Transaction, before: Sandbox, after: Sandbox) -> None:
+    """Charge the storage of a paused sandbox from now, or no longer."""
+    was, is_now = before.status is Status.PAUSED, after.status is Status.PAUSED
+    now = after.updated_at
+    if is_now and not was and after.saved_bytes > 0:
+        await tx.storage.open(
+            StoragePeriod(
+                kind="sandbox",
+                resource_id=after.id,
+                org_id=after.org_id,
+                size_bytes=after.saved_bytes,
+                started_at=now,
+                is_free=after.is_test,
             )
-        elif was and not is_now:
-            await tx.usage.close(after.id, min(now, ended_at or now))
-            if ended_at is not None and ended_at < now:
-                await tx.usage.shorten(after.id, ended_at)
-        was, is_now = before.status is Status.PAUSED, after.status is Status.PAUSED
-        if is_now and not was and after.saved_bytes > 0:
-            await tx.storage.open(
-                StoragePeriod(
-                    kind="sandbox",
-                    resource_id=after.id,
-                    org_id=after.org_id,
-                    size_bytes=after.saved_bytes,
-                    started_at=now,
-                    is_free=after.is_test,
-                )
-            )
-        elif was and not is_now:
-            await tx.storage.close("sandbox", after.id, now)
+        )
+    elif was and not is_now:
+        await tx.storage.close("sandbox", after.id, now)
 
 
 def with_end(sandbox: Sandbox, now: datetime) -> Sandbox:
