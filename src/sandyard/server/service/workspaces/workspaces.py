@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from sandyard.server.core.contracts.node import NodeExports
-from sandyard.server.core.contracts.store import Transaction
+from sandyard.server.core.contracts.store import Transaction, Turn
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import (
     AlreadyExistsError,
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 WORKSPACES_MAX = 1000
 _BEAT_S = 60.0
+_DUTY = "workspaces"
+_DUTY_LASTS = timedelta(seconds=1.5 * _BEAT_S)
 _WITHDRAW_S = 10.0
 _ACCESS = timedelta(minutes=1)
 _GIB = 1024**3
@@ -69,6 +71,7 @@ class Workspaces:
         exports: Mapping[str, NodeExports],
     ) -> None:
         self._store = platform.store
+        self._server_id = platform.server_id
         self._volumes = volumes
         self._repeats = platform.repeats
         self._clock = platform.clock
@@ -322,15 +325,21 @@ class Workspaces:
             await tx.workspaces.replace(changed)
 
     async def run(self) -> None:
-        """Measure workspaces and finish interrupted deletions every _BEAT_S; never returns."""
+        """Measure workspaces and finish interrupted deletions every _BEAT_S; never returns. Of
+        several servers, one at a time does."""
         while True:
             try:
-                await self.look_around()
+                if await self._has_duty():
+                    await self.look_around()
             except SandyardError as error:
                 log.warning("cannot measure workspaces: %s; retrying", error.message)
             except Exception:  # a bug here must not end the server
                 log.exception("unexpected error while measuring workspaces; retrying")
             await self._clock.sleep(_BEAT_S)
+
+    async def _has_duty(self) -> bool:
+        async with self._store.write(Turn.SHARED) as tx:
+            return await tx.duties.take(_DUTY, self._server_id, lasts=_DUTY_LASTS)
 
     async def look_around(self) -> None:
         """Store the sizes of workspaces that are mounted or were used recently, and resume

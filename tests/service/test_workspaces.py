@@ -1,0 +1,57 @@
+"""What several servers do about workspaces: one at a time."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from tests.support.clock import DrivenClock
+from tests.support.desk import Desk, open_desk, still
+
+_BLOCK = 4096
+
+
+@asynccontextmanager
+async def looking_around(desk: Desk) -> AsyncIterator[asyncio.Task[None]]:
+    """Have a server look after workspaces."""
+    task = asyncio.create_task(desk.services.workspaces.run())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_workspaces_are_measured_by_one_server_and_by_its_peer_when_it_is_gone(
+    tmp_path: Path,
+) -> None:
+    clock = DrivenClock()
+    async with AsyncExitStack() as held:
+        one, two = [
+            await held.enter_async_context(open_desk(tmp_path, clock=clock, server_id=name))
+            for name in ("one", "two")
+        ]
+        made = (await one.services.workspaces.create(one.actor, "Work")).workspace
+        file = tmp_path / "workspaces" / made.id / "file"
+
+        async def measured(blocks: int) -> int:
+            """Write a file, let one look pass, and return the blocks that were measured."""
+            workspaces = one.services.workspaces
+            found = (await workspaces.get(one.actor, made.id)).workspace
+            await workspaces.note_use(found, has_changed=False)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(bytes(blocks * _BLOCK))
+            await one.drive(60, step=10)
+            found = (await workspaces.get(one.actor, made.id)).workspace
+            return found.size_bytes // _BLOCK - 1  # the folder takes one
+
+        first = await held.enter_async_context(looking_around(one))
+        await still()
+        await held.enter_async_context(looking_around(two))
+        assert await measured(10) == 10
+        first.cancel()
+        assert await measured(20) == 10  # the duty of the first one lasts
+        await one.drive(60, step=10)
+        assert await measured(30) == 30
