@@ -1850,6 +1850,28 @@ def shape_of(connection: Connection) -> dict[str, dict[str, bool]]:
     }
 
 
+def indexes_of(connection: Connection) -> dict[str, set[str | None]]:
+    """Return the names of each table's indexes."""
+    found = inspect(connection)
+    return {
+        table: {one["name"] for one in found.get_indexes(table)}
+        for table in found.get_table_names()
+    }
+
+
+def test_no_migration_blocks_servers_at_work_by_indexing_a_table_they_write() -> None:
+    """An index of a large table takes minutes, and writers wait for it. One that is wanted needs a
+    step that makes it CONCURRENTLY, after the transaction of the migrations."""
+    engine = create_engine("sqlite://")
+    with engine.begin() as connection:
+        at(FIRST_FLOOR)(connection)
+        old = indexes_of(connection)
+        at(NEWEST)(connection)
+        new = indexes_of(connection)
+    engine.dispose()
+    assert {table: new[table] - names for table, names in old.items() if new[table] - names} == {}
+
+
 def test_a_migration_that_an_older_server_cannot_live_with_raises_the_floor() -> None:
     """An older server reads and writes the columns that it knows, and no others."""
     folder = Path(migrations.__file__).parent / "versions"
