@@ -22,7 +22,6 @@ from cryptography import x509
 from tests.support.lab import API, DATABASE, DOOR, METRICS, NATS, PREVIEWS, Host, Lab, lab
 from tests.support.server import QEMU, SANDYARD, longer, wait_until
 
-import sandyard
 from sandyard.server.app.member import home_of
 from sandyard.server.app.settings import Settings
 
@@ -810,13 +809,16 @@ NEWER = {
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which the next version runs: with a newer schema, and newer protocols."""
-    source = tmp_path_factory.mktemp("newer")
+    """The environment in which the next version runs: a wheel with a newer schema, and newer
+    protocols."""
+    place = tmp_path_factory.mktemp("newer")
+    project = Path(__file__).parents[2]
     shutil.copytree(
-        Path(sandyard.__file__).parent, source / "sandyard",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )  # fmt: skip
-    server = source / "sandyard/server"
+        project / "src", place / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(project / name, place / name)
+    server = place / "src/sandyard/server"
     for name, (old, new) in NEWER.items():
         text = (server / name).read_text()
         assert text.count(old) == 1, name
@@ -824,7 +826,13 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     versions = server / "links/sql/migrations/versions"
     newest = max(path.name[:4] for path in versions.glob("0*.py"))
     (versions / "0999_colours.py").write_text(MIGRATION.format(newest=newest))
-    return {"PYTHONPATH": str(source)}
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    for words in (
+        ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", ".", "."),
+        ("install", "--no-deps", "--no-index", "--find-links", ".", "--target", "site", "sandyard"),
+    ):
+        subprocess.run([*pip, *words], check=True, cwd=place, timeout=longer(120))
+    return {"PYTHONPATH": str(place / "site")}
 
 
 def test_two_versions_work_side_by_side_and_back(
