@@ -86,7 +86,7 @@ class ByHand:
             "boot_args": f"{ARGUMENTS} {image.arguments}",
         })  # fmt: skip
         for name, path, is_read_only in (
-            ("base", image.base, True), ("disk", work / "disk", False)
+            *((one.stem, one, True) for one in image.roots), ("disk", work / "disk", False)
         ):  # fmt: skip
             first.call("PUT", f"/drives/{name}", {
                 "drive_id": name, "path_on_host": str(path), "is_root_device": False,

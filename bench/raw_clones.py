@@ -97,8 +97,14 @@ class Machine:
                 f"tsc_early_khz={rate()} cryptomgr.notests initcall_blacklist=jent_mod_init",
                 "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                 "-serial", "null",
-                "-drive", f"id=a,file={image.folder}/base.ext4,format=raw,if=none,readonly=on",
-                "-device", "virtio-blk-device,drive=a",
+                *(
+                    word
+                    for one in image.roots
+                    for word in (
+                        "-drive", f"id={one.stem},file={one},format=raw,if=none,readonly=on",
+                        "-device", f"virtio-blk-device,drive={one.stem}",
+                    )
+                ),
                 "-drive", f"id=b,file={disk},format=raw,if=none",
                 "-device", "virtio-blk-device,drive=b",
                 "-netdev", f"tap,id=n,ifname={TAP},script=no,downscript=no",

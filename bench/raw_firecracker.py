@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
@@ -66,13 +67,20 @@ class Process:
         self.child.wait()
 
 
-def by_hand(folder: Path, kernel: Path, initrd: Path, base: Path, figures: Figures) -> None:
+def by_hand(
+    folder: Path, kernel: Path, initrd: Path, roots: Sequence[Path], figures: Figures
+) -> None:
     with ExitStack() as held:
-        _by_hand(folder, kernel, initrd, base, figures, held)
+        _by_hand(folder, kernel, initrd, roots, figures, held)
 
 
 def _by_hand(
-    folder: Path, kernel: Path, initrd: Path, base: Path, figures: Figures, held: ExitStack
+    folder: Path,
+    kernel: Path,
+    initrd: Path,
+    roots: Sequence[Path],
+    figures: Figures,
+    held: ExitStack,
 ) -> None:
     def note(name: str, started: float) -> None:
         figures[f"{name}, by hand"].append(time.perf_counter() - started)
@@ -90,7 +98,8 @@ def _by_hand(
     call("PUT", "/boot-source", {
         "kernel_image_path": str(kernel), "initrd_path": str(initrd), "boot_args": "quiet",
     })  # fmt: skip
-    for name, path, is_read_only in (("base", base, True), ("disk", disk, False)):
+    drives = [*((one.stem, one, True) for one in roots), ("disk", disk, False)]
+    for name, path, is_read_only in drives:
         call("PUT", f"/drives/{name}", {
             "drive_id": name, "path_on_host": str(path), "is_root_device": False,
             "is_read_only": is_read_only, "cache_type": "Writeback",
@@ -161,7 +170,7 @@ async def ours(folder: Path, held: AsyncExitStack, figures: Figures, rounds: int
             note("load in a fresh process", started)
         shutil.rmtree(folder / "saved")
         kernel = next((folder / "kernels").iterdir())
-        await asyncio.to_thread(by_hand, raw, kernel, bench.spec.initrd, bench.spec.base, figures)
+        await asyncio.to_thread(by_hand, raw, kernel, bench.spec.initrd, bench.spec.roots, figures)
 
 
 async def main(rounds: int) -> None:

@@ -132,11 +132,11 @@ async def test_a_start_that_cannot_be_says_why_and_leaves_nothing(bench: Bench) 
     if bench.driver.name == "fake":
         assert isinstance(bench.driver, FakeDriver)
         bench.driver.conduct.starts = False
-    spec = replace(bench.spec, base=Path("/nowhere/base.ext4"))
+    spec = replace(bench.spec, roots=(Path("/nowhere/root.erofs"),))
     async with AsyncExitStack() as held:
         with pytest.raises(SandyardError, match="cannot start") as refused:
             await bench.driver.start(spec, held)
-    assert bench.driver.name == "fake" or "base.ext4" in str(refused.value)
+    assert bench.driver.name == "fake" or "root.erofs" in str(refused.value)
     async with asyncio.timeout(5):  # it has given up, and may be about to end
         while await bench.left():
             await asyncio.sleep(0.01)

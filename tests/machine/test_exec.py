@@ -277,12 +277,15 @@ def test_a_machine_killed_during_an_exec_ends_it_at_once(server: RealServer) -> 
     assert reason["code"] == "machine_died"
 
 
+BUSYBOX = "/run/sandyard/tools/usr/bin/busybox"
+
+
 @pytest.mark.parametrize("how", ["poweroff", "halt"])
 def test_a_guest_that_shuts_down_is_told_as_such(server: RealServer, how: str) -> None:
     box = server.create()["id"]
     server.client.post(
         f"/v1/sandboxes/{box}/exec",
-        json={"command": f"busybox {how} -f", "timeout": round(longer(2000))},
+        json={"command": f"{BUSYBOX} {how} -f", "timeout": round(longer(2000))},
     )
     wait_until(lambda: server.get(box)["status"] == "error", limit_s=30)
     reason = server.get(box)["statusReason"]

@@ -66,7 +66,7 @@ async def fake_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
     place = Place(0, "none", "tap0", "02:00:00:00:00:02", "fake", os.geteuid())
     (tmp_path / "run").mkdir()
     spec = MachineSpec(
-        "sandbox-abcdefghijkl", 1, 128, tmp_path, tmp_path, tmp_path, tmp_path / "disk",
+        "sandbox-abcdefghijkl", 1, 128, tmp_path, tmp_path, (tmp_path,), tmp_path / "disk",
         tmp_path / "memory", tmp_path / "run", place, "t" * 64,
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ async def real_bench(
     disk = tmp_path / "disk.ext4"
     await Ext4Disks().make(disk, size_mib=1024, uid=place.uid)
     spec = MachineSpec(
-        "sandbox-abcdefghijkl", 1, 256, image.kernel, image.initrd, image.base, disk,
+        "sandbox-abcdefghijkl", 1, 256, image.kernel, image.initrd, image.roots, disk,
         tmp_path / "memory", run, place, "t" * 64, has_acpi=image.has_acpi,
         arguments=image.arguments,
     )  # fmt: skip

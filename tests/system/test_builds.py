@@ -17,7 +17,7 @@ from tests.support.server import wait_until
 from sandyard.server.app.wiring import images_of
 from sandyard.server.core.errors import InternalError
 from sandyard.server.node.images import inside
-from sandyard.server.node.images.additions import pack_guest
+from sandyard.server.node.images.additions import pack_template
 from sandyard.server.node.images.build import Builder, workshop
 from sandyard.server.node.images.confine import FIRST_ID, Bind, View
 from sandyard.server.node.images.images import Images
@@ -66,12 +66,13 @@ class Work:
 
 @pytest.fixture(scope="module")
 def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shell that needs no library, from a template."""
-    target = tmp_path_factory.mktemp("busybox") / "busybox"
-    command = ["debugfs", "-R", f"dump /usr/bin/busybox {target}", str(minimal_image().base)]
-    subprocess.run(command, check=True, capture_output=True)
-    target.chmod(0o755)
-    return target
+    """A shell that needs no library, from the tools of an image."""
+    tools = tmp_path_factory.mktemp("tools") / "tree"
+    image, _ = minimal_image().roots
+    subprocess.run(
+        ["fsck.erofs", f"--extract={tools}", str(image)], check=True, capture_output=True
+    )
+    return tools / "usr/bin/busybox"
 
 
 @pytest.fixture
@@ -306,7 +307,7 @@ def test_links_in_a_tree_do_not_lead_out_of_it(
     for path in (work.tree, *work.tree.rglob("*")):
         os.chown(path, FIRST_ID, FIRST_ID, follow_symlinks=False)
     archive = tmp_path / "guest.tar"
-    pack_guest(archive, start="#!/bin/sh\n", certificates=["one"], modules=None)
+    pack_template(archive, start="#!/bin/sh\n", certificates=["one"], modules=None)
     done = work.run("tree", "finish", str(archive), "own-kernel", "trust")
     # It may refuse such a tree, in a line.
     assert done.returncode == 0 or len(done.stderr.splitlines()) == 1, done.stderr
@@ -328,7 +329,7 @@ async def test_a_hostile_build_ends_in_an_error_and_takes_nothing_from_the_host(
         "env; cat /proc/self/environ /proc/1/environ || true",
         f"ln -sf {secret} /etc/machine-id; ln -sf {secret} /etc/hostname",
         f"rm -r /usr/local/sbin; ln -s {tmp_path} /usr/local/sbin",
-        f"ln -sf {secret} /usr/bin/busybox",
+        f"for one in /boot/vmlinuz-*; do ln -sf {secret} $one; done",
     )
     minimal = images_of(settings).definitions["base-minimal"]
     images = Images(

@@ -64,7 +64,7 @@ SPEC = MachineSpec(
     memory_mib=512,
     kernel=Path("/i/vmlinuz"),
     initrd=Path("/i/initrd"),
-    base=Path("/i/a,b.ext4"),
+    roots=(Path("/i/a,b.erofs"), Path("/i/root.erofs")),
     disk=Path("/m/disk.ext4"),
     memory=Path("/m/memory"),
     folder=Path("/m/run"),
@@ -352,23 +352,25 @@ def test_an_initramfs_needs_its_modules(tmp_path: Path) -> None:
     folder = tmp_path / "usr/lib/modules/6.0"
     folder.mkdir(parents=True)
     script = b"#!/bin/sh\n"
-    (folder / "modules.builtin").write_text("a/virtio_mmio.ko\na/virtio_blk.ko\na/ext4.ko\n")
+    (folder / "modules.builtin").write_text(
+        "a/virtio_mmio.ko\na/virtio_blk.ko\na/erofs.ko\na/ext4.ko\n"
+    )
     (folder / "modules.dep").write_text("n/virtio_net.ko: n/b.ko n/a.ko\nn/a.ko:\nn/b.ko: n/a.ko\n")
     (folder / "n").mkdir()
     for name in ("virtio_net", "a", "b"):
         (folder / f"n/{name}.ko").write_bytes(name.encode())
     with pytest.raises(InternalError, match="overlay"):
-        make_initrd(tmp_path, "6.0", script, tmp_path / "initrd")
+        make_initrd(tmp_path, tmp_path, "6.0", script, tmp_path / "initrd")
     (folder / "modules.builtin").write_text(
-        "a/virtio-mmio.ko\na/virtio_blk.ko\na/overlay.ko\na/ext4.ko\n"
+        "a/virtio-mmio.ko\na/virtio_blk.ko\na/erofs.ko\na/overlay.ko\na/ext4.ko\n"
     )
-    make_initrd(tmp_path, "6.0", script, tmp_path / "initrd")
+    make_initrd(tmp_path, tmp_path, "6.0", script, tmp_path / "initrd")
     archive = (tmp_path / "initrd").read_bytes()
     assert b"a.ko\nb.ko\nvirtio_net.ko\n" in archive
     assert archive.startswith(b"070701")
     assert archive.rstrip(b"\0").endswith(b"TRAILER!!!")
     # A kernel with everything built in has no modules at all.
-    make_initrd(tmp_path, None, script, tmp_path / "initrd")
+    make_initrd(tmp_path, tmp_path, None, script, tmp_path / "initrd")
     assert b".ko" not in (tmp_path / "initrd").read_bytes()
 
 
@@ -384,7 +386,7 @@ def test_what_mounts_need_lies_unpacked_in_the_image(tmp_path: Path) -> None:
     (folder / "n/nfs.ko.gz").write_bytes(gzip.compress(b"nfs"))
     packed = subprocess.run(["zstd", "-c"], input=b"rpc", capture_output=True, check=True).stdout
     (folder / "n/sunrpc.ko.zst").write_bytes(packed)
-    add_modules(tmp_path, "6.8")
+    add_modules(tmp_path, tmp_path, "6.8")
     made = tmp_path / "usr/lib/sandyard/modules"
     order = (made / "order").read_text().split()
     assert order == ["sunrpc.ko", "nfs.ko", "nfsv4.ko"]
@@ -393,13 +395,13 @@ def test_what_mounts_need_lies_unpacked_in_the_image(tmp_path: Path) -> None:
     (folder / "modules.builtin").write_text("a/nfsv4.ko\n")
     for release in ("6.8", None):
         shutil.rmtree(made)
-        add_modules(tmp_path, release)
+        add_modules(tmp_path, tmp_path, release)
         assert (made / "order").read_text() == ""
     (folder / "modules.builtin").write_text("")
     (folder / "n/nfs.ko.gz").write_bytes(b"no gzip")
     shutil.rmtree(made)
     with pytest.raises(InternalError, match=r"nfs\.ko\.gz cannot be read"):
-        add_modules(tmp_path, "6.8")
+        add_modules(tmp_path, tmp_path, "6.8")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ _TOOLS = {
     "ip": "iproute2",
     "nft": "nftables",
     "mke2fs": "e2fsprogs",
+    "mkfs.erofs": "erofs-utils",
     "nsenter": "util-linux",
     "setpriv": "util-linux",
     "prlimit": "util-linux",

@@ -35,7 +35,8 @@ class Place:
 class MachineSpec:
     """The complete specification of a machine.
 
-    `base` is shared and read-only; `disk` is the machine's own. `memory` is the file from which its
+    `roots` are shared, read-only disks, in their order; `disk` comes after them and is the
+    machine's own. `memory` is the file from which its
     memory is loaded: it is mapped privately and never written, so that many machines share its
     pages. A start without one makes an empty one. `token` is the first that the agent accepts.
     `folder` is for the driver's sockets; it exists, belongs to the place's account, and its path is
@@ -47,7 +48,7 @@ class MachineSpec:
     memory_mib: int
     kernel: Path
     initrd: Path
-    base: Path
+    roots: tuple[Path, ...]
     disk: Path
     memory: Path
     folder: Path

@@ -256,11 +256,11 @@ def grow_disk(size_bytes: int, root_fd: int) -> None:
         RefusedError: the kernel does not notice the new size, or does not use it.
     """
     until = time.monotonic() + patient(_GROWTH_LIMIT_S)
-    while int(Path("/sys/block/vdb/size").read_text()) * 512 < size_bytes:
+    while int(Path("/sys/block/vdc/size").read_text()) * 512 < size_bytes:
         if time.monotonic() > until:
             raise RefusedError("cannot grow the disk: the kernel does not see that it has grown")
         time.sleep(0.001)
-    # By the user's root: the mount does not show in the base image, where the agent lives.
+    # By the user's root: the mount does not show in the tools, where the agent lives.
     mount = os.open(
         f"{RUN}/disk".lstrip("/"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root_fd
     )

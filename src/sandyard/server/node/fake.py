@@ -11,7 +11,7 @@ from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import AGENT_SOCKET
 from sandyard.server.node.exports.shares import Share
-from sandyard.server.node.images.images import Images, write_manifest
+from sandyard.server.node.images.images import ROOTS, Images, write_manifest
 from sandyard.server.tasks import Crew
 
 _PLACES = 65536
@@ -80,7 +80,7 @@ def make_fake_image(images: Images) -> str:
     digest = "fake"
     folder = images.images_dir / digest
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("base.ext4", "vmlinuz", "initrd"):
+    for name in (*ROOTS, "vmlinuz", "initrd"):
         (folder / name).touch()
     write_manifest(folder, os="None", size_bytes=0, inputs={})
     return digest

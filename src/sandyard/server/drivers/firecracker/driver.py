@@ -64,7 +64,9 @@ PINNED = "1.12.1"
 """The version that is fetched and tested."""
 SUPPORTED = ((1, 12), (1, 13))
 """From this version on, before that one: what is saved, and how, differs in others."""
-_KERNEL, _INITRD, _BASE, _DISK, _MEMORY = "vmlinux", "initrd", "base", "disk", "memory"
+_KERNEL, _INITRD, _DISK, _MEMORY = "vmlinux", "initrd", "disk", "memory"
+# Saved states name their disks. The first one's name is of when there was one.
+_ROOTS = ("base", "root")
 _STATE, _PAGES, _NET = "device", "pages", "net"
 _OWN_SHARE_MIB = 16
 _ARGUMENTS = (
@@ -347,7 +349,8 @@ class FirecrackerDriver:
                 initrd=f"/{_INITRD}",
                 arguments=f"{_ARGUMENTS} {spec.arguments}".strip(),
             )
-            await api.add_drive(_BASE, f"/{_BASE}", is_read_only=True, limiter=self._disk_limiter)
+            for _, name in zip(spec.roots, _ROOTS, strict=False):
+                await api.add_drive(name, f"/{name}", is_read_only=True, limiter=self._disk_limiter)
             await api.add_drive(_DISK, f"/{_DISK}", is_read_only=False, limiter=self._disk_limiter)
             await api.add_network(
                 _NET, tap=spec.place.tap, mac=spec.place.mac, limiter=self._network_limiter
@@ -433,7 +436,8 @@ class FirecrackerDriver:
 
     def _prepare(self, jail: Jail, spec: MachineSpec) -> None:
         jail.prepare()
-        jail.put(spec.base, _BASE)
+        for path, name in zip(spec.roots, _ROOTS, strict=False):
+            jail.put(path, name)
         jail.put(spec.disk, _DISK)
 
     async def _machine(

@@ -1,6 +1,7 @@
 """QEMU's command line for a machine, and the confinement of its process."""
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sandyard.server.drivers.contract import MachineSpec
@@ -95,8 +96,7 @@ def machine_arguments(
         "-action", "shutdown=pause,panic=pause",
         "-chardev", f"ringbuf,id={CONSOLE},size={CONSOLE_SIZE}",
         "-serial", f"chardev:{CONSOLE}",
-        "-drive", f"id=base,file={_escaped(spec.base)},format=raw,if=none,readonly=on",
-        "-device", "virtio-blk-device,drive=base",
+        *_read_only(spec.roots),
         "-drive", f"id={DISK},file={_escaped(spec.disk)},format=raw,if=none,discard=unmap",
         "-device", f"virtio-blk-device,drive={DISK}",
         "-netdev", f"tap,id=net,fd={tap_fd}",
@@ -105,6 +105,16 @@ def machine_arguments(
         "-pidfile", str(folder / PID_FILE),
         "-sandbox", _SANDBOX,
     ]  # fmt: skip
+
+
+def _read_only(roots: Sequence[Path]) -> Iterator[str]:
+    for number, path in enumerate(roots):
+        yield from (
+            "-drive",
+            f"id=root{number},file={_escaped(path)},format=raw,if=none,readonly=on",
+            "-device",
+            f"virtio-blk-device,drive=root{number}",
+        )
 
 
 def unprivileged(uid: int, *, group: int | None = None) -> list[str]:

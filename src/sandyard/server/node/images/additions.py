@@ -1,4 +1,4 @@
-"""The files that a build adds to a template's tree, packed on the host from trusted sources."""
+"""The files that a build adds to the trees of an image, packed on the host from trusted sources."""
 
 import io
 import tarfile
@@ -8,23 +8,18 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[3]
 _FILES = Path(__file__).parent / "guest_files"
-_AGENT = "usr/lib/sandyard/agent/sandyard"
+_OURS = "usr/lib/sandyard"
+_AGENT = f"{_OURS}/agent/sandyard"
 GUEST_PACKAGES = ("server/core", "server/guest")
 _FOLDERS = ("workspace", "proc", "sys", "dev", "run", "tmp", "usr/lib/modules")
+_BUSYBOX = "/run/sandyard/tools/usr/bin/busybox"
 _RESOLVER = b"nameserver 172.16.0.1\noptions timeout:3 attempts:2\n"
 
 
-def pack_guest(
-    target: Path, *, start: str | None, certificates: Sequence[str], modules: Path | None
-) -> None:
-    """Write the archive that turns a tree into a machine's root file system.
-
-    It contains the agent, init's scripts, network settings, certificates to trust, and the modules
-    of an operator's kernel.
-    """
+def pack_tools(target: Path) -> None:
+    """Write the archive that turns a tree of packages into the tools of a machine: the agent, and
+    what PID 1 reads."""
     with tarfile.open(target, "w") as archive:
-        for name in _FOLDERS:
-            _folder(archive, name)
         for package in GUEST_PACKAGES:
             for path in sorted((_PACKAGE / package).rglob("*")):
                 if path.is_file() and "__pycache__" not in path.parts:
@@ -34,16 +29,26 @@ def pack_guest(
             _file(archive, f"{_AGENT}/{name}", b"")
         entry = f"{_AGENT.removesuffix('/sandyard')}/__main__.py"
         _file(archive, entry, b"import sandyard.server.guest.__main__\n")
-        inittab = (_FILES / "inittab").read_text()
-        if start is not None:
-            _file(archive, "usr/lib/sandyard/start", start.encode(), 0o755)
-            inittab += "::respawn:/usr/lib/sandyard/start\n"
-        _file(archive, "usr/lib/sandyard/inittab", inittab.encode())
+        _file(archive, f"{_OURS}/inittab", (_FILES / "inittab").read_bytes())
         loading = (_FILES / "load-modules").read_bytes()
-        _file(archive, "usr/lib/sandyard/load-modules", loading, 0o755)
-        # The usual words end and restart a machine.
+        _file(archive, f"{_OURS}/load-modules", loading, 0o755)
+
+
+def pack_template(
+    target: Path, *, start: str | None, certificates: Sequence[str], modules: Path | None
+) -> None:
+    """Write the archive that turns a tree of packages into a template's root file system.
+
+    It contains network settings, the usual words that end a machine, certificates to trust, the
+    modules of an operator's kernel, and a program to `start`.
+    """
+    with tarfile.open(target, "w") as archive:
+        for name in _FOLDERS:
+            _folder(archive, name)
+        if start is not None:
+            _file(archive, f"{_OURS}/start", start.encode(), 0o755)
         for name in ("reboot", "poweroff"):
-            _link(archive, f"usr/local/sbin/{name}", "/run/sandyard/base/usr/bin/busybox")
+            _link(archive, f"usr/local/sbin/{name}", _BUSYBOX)
         shutdown = (_FILES / "shutdown").read_bytes()
         _file(archive, "usr/local/sbin/shutdown", shutdown, 0o755)
         _link(archive, "usr/local/sbin/halt", "shutdown")

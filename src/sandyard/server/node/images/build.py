@@ -1,8 +1,8 @@
 """Builds a template: a root file system from a distribution, then a bootable image from it.
 
 There are two stages, each cached by the digest of its inputs: the packages (minutes, from the
-network) and the image with our agent in it (seconds, local). A new agent therefore needs no new
-download.
+network) and the image (seconds, local). A new agent therefore needs no new download. The agent
+comes with packages of its own, which a template neither brings nor sees: they are the tools.
 
 Everything that runs or reads the packages is confined (`inside.py`, `confine.py`): it sees the
 host's programs and named files, but none of the host's processes or addresses. The host never opens
@@ -26,7 +26,12 @@ from pathlib import Path
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, SandyardError
 from sandyard.server.node.commands import run
 from sandyard.server.node.images import inside
-from sandyard.server.node.images.additions import GUEST_PACKAGES, pack_guest, pack_node
+from sandyard.server.node.images.additions import (
+    GUEST_PACKAGES,
+    pack_node,
+    pack_template,
+    pack_tools,
+)
 from sandyard.server.node.images.confine import FIRST_ID, SLIRP, Bind, View
 from sandyard.server.node.images.definitions import (
     Definition,
@@ -34,21 +39,31 @@ from sandyard.server.node.images.definitions import (
     Source,
     arguments_for,
 )
-from sandyard.server.node.images.images import Image, Images, write_manifest
-from sandyard.server.node.images.inside import OUT, TREE
+from sandyard.server.node.images.images import ROOTS, Image, Images, write_manifest
+from sandyard.server.node.images.inside import OUT, TOOLS, TREE
 from sandyard.server.node.images.kernel import OwnKernel, own_kernel, refuse_lacking
 from sandyard.server.tasks import in_thread
 
 # Grows when this file starts to build something else from the same definition.
-_PACKAGES_RECIPE = "6"
-_IMAGE_RECIPE = "9"
+_PACKAGES_RECIPE = "7"
+_TOOLS_RECIPE = "1"
+_IMAGE_RECIPE = "10"
 _PACKAGES_LIMIT_S = 1800.0
 _STEP_LIMIT_S = 600.0
 _REACH_LIMIT_S = 30.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
-_ALWAYS = ("busybox-static",)
-_TOOLS = ("mmdebstrap", "tar", "zstd", "mke2fs", "depmod")
+_TOOLS_PACKAGES = ("busybox-static", "python3")
+# Programs look for their loader by names that another package provides, as it does folders.
+_SET_UP_TOOLS = """
+for name in bin sbin lib lib64; do
+    mkdir -p "$1/usr/$name"
+    [ -e "$1/$name" ] || ln -s "usr/$name" "$1/$name"
+done
+for name in proc sys dev run tmp; do mkdir -p "$1/$name"; done
+chroot "$1" python3 -m compileall -q /usr/lib
+"""
+_PROGRAMS = ("mmdebstrap", "tar", "zstd", "mkfs.erofs", "depmod")
 _LEFT_OUT = (
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/doc/*",
@@ -183,6 +198,7 @@ class _Build:
         recipe = {
             "definition": self._definition.digest,
             "packagesRecipe": _PACKAGES_RECIPE,
+            "toolsRecipe": _TOOLS_RECIPE,
             "imageRecipe": _IMAGE_RECIPE,
             "agent": _digest_of_guest(),
             "certificates": _digest({"": "".join(self._certificates)}),
@@ -208,9 +224,13 @@ class _Build:
                 return found
             if again or not archive.exists():
                 await self._make_packages(source, archive)
+            tools = self._tools_archive(source)
+            with _lock(tools.with_suffix(".lock")):
+                if again or not tools.exists():
+                    await self._make_tools(source, tools)
             self._images.images_dir.mkdir(parents=True, exist_ok=True)
             with workshop(self._images.images_dir, ".building-") as work:
-                await self._make_image(work, archive, source, inputs, digest)
+                await self._make_image(work, archive, tools, source, inputs, digest)
         image = self._images.find(digest)
         if image is None:
             raise InternalError("the image was not there after its build")
@@ -226,6 +246,10 @@ class _Build:
             "packagesRecipe": _PACKAGES_RECIPE,
         }
         return self._cache_dir / f"{_digest(packages)}.tar.zst"
+
+    def _tools_archive(self, source: Source) -> Path:
+        packages = {"toolsRecipe": _TOOLS_RECIPE, "source": _name_of(source)}
+        return self._cache_dir / f"tools-{_digest(packages)}.tar.zst"
 
     async def _choose_source(self, *, again: bool) -> Source:
         """Return the source whose packages are cached, or else the first one that answers."""
@@ -265,7 +289,7 @@ class _Build:
         self._report.step(f"installing the packages of {source.os}")
         with workshop(self._cache_dir, ".packages-") as work:
             root = _tree(work)
-            names = dict.fromkeys((*self._definition.packages, *source.packages, *_ALWAYS))
+            names = dict.fromkeys((*self._definition.packages, *source.packages))
             # The kernel package is unpacked, not installed: it would bring tools to build
             # initramfs images that no machine of ours needs.
             hook = f'chroot "$1" sh -ec {shlex.quote(_unpack_kernel(source.kernel))}'
@@ -288,18 +312,52 @@ class _Build:
             for step in self._definition.steps:
                 self._report.step(f"running: {step}")
                 await self._in_tree(work, ["/bin/sh", "-ec", step], network=self._network)
-            self._report.step("packing the packages")
-            part = _output(archive.with_suffix(".part"))
+            await self._pack(work, root, archive)
+
+    async def _make_tools(self, source: Source, archive: Path) -> None:
+        """Take the packages of the tools apart, without installing them: nothing is set up by
+        them, and they are never upgraded."""
+        self._report.step(f"fetching the tools of {source.os}")
+        with workshop(self._cache_dir, ".tools-") as work:
+            root = _tree(work)
             await self._confined(
                 work,
-                ["tar", "--zstd", "-C", str(TREE), "--numeric-owner", "--xattrs", "-cf",
-                 "/out/archive", "."],
-                Bind(str(root), str(TREE)),
-                Bind(str(part), "/out/archive", writable=True),
+                [
+                    "mmdebstrap", "--mode=unshare", "--format=directory", "--variant=extract",
+                    f"--components={','.join(source.components)}",
+                    f"--include={','.join(_TOOLS_PACKAGES)}",
+                    *(f"--dpkgopt={rule}" for rule in _LEFT_OUT),
+                    f"--extract-hook={_SET_UP_TOOLS}",
+                    source.suite, str(TREE),
+                ],
+                Bind(str(root), str(TREE), writable=True),
+                network=self._network,
+                limit_s=_PACKAGES_LIMIT_S,
             )  # fmt: skip
-            os.chown(part, 0, 0)
-            part.chmod(0o644)  # confined steps read it
-            part.replace(archive)
+            await self._pack(work, root, archive)
+
+    async def _pack(self, work: Path, root: Path, archive: Path) -> None:
+        self._report.step("packing the packages")
+        part = _output(archive.with_suffix(".part"))
+        await self._confined(
+            work,
+            ["tar", "--zstd", "-C", str(TREE), "--numeric-owner", "--xattrs", "-cf",
+             "/out/archive", "."],
+            Bind(str(root), str(TREE)),
+            Bind(str(part), "/out/archive", writable=True),
+        )  # fmt: skip
+        os.chown(part, 0, 0)
+        part.chmod(0o644)  # confined steps read it
+        part.replace(archive)
+
+    async def _unpack(self, work: Path, root: Path, archive: Path) -> None:
+        await self._confined(
+            work,
+            ["tar", "--zstd", "-C", str(TREE), "--numeric-owner", "--xattrs",
+             "--xattrs-include=security.capability", "-xpf", "/in/archive"],
+            Bind(str(archive), "/in/archive"),
+            Bind(str(root), str(TREE), writable=True),
+        )  # fmt: skip
 
     async def _add_node(self, node: NodeRuntime, root: Path, work: Path) -> None:
         self._report.step(f"adding Node.js {node.version}")
@@ -318,50 +376,54 @@ class _Build:
         await self._in_tree(work, [str(work / "node.tar")], word="unpack")
 
     async def _make_image(
-        self, work: Path, archive: Path, source: Source, inputs: dict[str, str], digest: str
+        self,
+        work: Path,
+        archive: Path,
+        tools_archive: Path,
+        source: Source,
+        inputs: dict[str, str],
+        digest: str,
     ) -> None:
         self._report.step("making the bootable image")
-        root, made = _tree(work), work / "made"
+        root, tools, made = _tree(work), _tree(work, "tools"), work / "made"
         made.mkdir()
-        await self._confined(
-            work,
-            ["tar", "--zstd", "-C", str(TREE), "--numeric-owner", "--xattrs",
-             "--xattrs-include=security.capability", "-xpf", "/in/archive"],
-            Bind(str(archive), "/in/archive"),
-            Bind(str(root), str(TREE), writable=True),
-        )  # fmt: skip
+        await self._unpack(work, root, archive)
+        await self._unpack(work, tools, tools_archive)
         own, words = self._kernel, []
         if own is not None:
             self._report.step(f"taking the kernel {own.image} ({own.told.release})")
             words.append("own-kernel")
         if self._certificates:
             words.append("trust")
-        await in_thread(self._pack_additions, work / "guest.tar", made / "vmlinuz")
-        await self._in_tree(work, [str(work / "guest.tar"), *words], word="finish")
+        await in_thread(self._pack_additions, work, made / "vmlinuz")
+        await self._in_tree(work, [str(work / "template.tar"), *words], word="finish")
         if self._certificates:
             await self._in_tree(work, ["update-ca-certificates"])
+        await self._in_tree(work, [str(work / "tools.tar")], word="unpack", tree="tools")
         await self._in_tree(
-            work, ["/usr/bin/python3", "-m", "compileall", "-q", "/usr/lib/sandyard/agent"]
+            work,
+            ["/usr/bin/python3", "-m", "compileall", "-q", "/usr/lib/sandyard/agent"],
+            tree="tools",
         )
         # One archive instead of thirty files: every program that starts loads its locale.
         await self._in_tree(work, ["localedef", "--add-to-archive", "/usr/lib/locale/C.utf8"])
-        outputs = [_output(made / name) for name in ("vmlinuz", "initrd", "base.ext4")]
+        outputs = [_output(made / name) for name in ("vmlinuz", "initrd", *ROOTS)]
         release = ["-"] if own is None else [own.modules.name] if own.modules else []
         await self._confined(
             work,
             release,
             Bind(str(root), str(TREE), writable=True),
+            Bind(str(tools), str(TOOLS), writable=True),
             *(Bind(str(one), f"{OUT}/{one.name}", writable=True) for one in outputs),
             word="image",
         )
         for one in outputs:
             os.chown(one, 0, 0)
             one.chmod(0o444)
-        base = made / "base.ext4"
         write_manifest(
             made,
             os=source.os,
-            size_bytes=base.stat().st_blocks * 512,
+            size_bytes=sum((made / name).stat().st_blocks * 512 for name in ROOTS),
             inputs=inputs,
             has_acpi=self._kernel is None or self._kernel.told.has_acpi,
         )
@@ -369,14 +431,15 @@ class _Build:
         await run(["sync", "-f", made], limit_s=_STEP_LIMIT_S)
         made.rename(self._images.images_dir / digest)
 
-    def _pack_additions(self, target: Path, kernel: Path) -> None:
+    def _pack_additions(self, work: Path, kernel: Path) -> None:
         """Pack the added files, and copy an operator's kernel into place."""
         own = self._kernel
         try:
             if own is not None:
                 shutil.copy(own.image, kernel)
-            pack_guest(
-                target,
+            pack_tools(work / "tools.tar")
+            pack_template(
+                work / "template.tar",
                 start=self._definition.start,
                 certificates=self._certificates,
                 modules=own.modules if own else None,
@@ -387,10 +450,16 @@ class _Build:
             raise InternalError(f"cannot copy the kernel {own.image}: {error}") from error
 
     async def _in_tree(
-        self, work: Path, arguments: Sequence[str], *, word: str = "run", network: str = "none"
+        self,
+        work: Path,
+        arguments: Sequence[str],
+        *,
+        word: str = "run",
+        network: str = "none",
+        tree: str = "root",
     ) -> None:
-        """Run one step with the template's tree as its root."""
-        view = View(str(work / "view"), root=str(work / "root"), network=network)
+        """Run one step with the template's tree as its root, or another one."""
+        view = View(str(work / "view"), root=str(work / tree), network=network)
         await self._step(view, word, arguments, _STEP_LIMIT_S, {})
 
     async def _confined(
@@ -429,7 +498,7 @@ class _Build:
 
 
 def _check_tools(network: str) -> None:
-    for one in (*_TOOLS, *((SLIRP,) if network == "own" else ())):
+    for one in (*_PROGRAMS, *((SLIRP,) if network == "own" else ())):
         if shutil.which(one, path=_PATH) is None:
             raise InternalError(
                 f"cannot build templates: {one} is not installed; `sandyard doctor` says how to "
@@ -437,9 +506,9 @@ def _check_tools(network: str) -> None:
             )
 
 
-def _tree(work: Path) -> Path:
+def _tree(work: Path, name: str = "root") -> Path:
     """Create the folder for a tree, which belongs to the confined root."""
-    root = work / "root"
+    root = work / name
     root.mkdir(mode=0o755)
     os.chown(root, FIRST_ID, FIRST_ID)
     return root

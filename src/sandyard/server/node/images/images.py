@@ -1,7 +1,7 @@
 """Built templates on disk: images by content, and which of them each template uses.
 
-    images/<digest>/{base.ext4, vmlinuz, initrd, manifest.json}     never changed once there
-    templates/<slug>.json                                           the image in use, the last error
+    images/<digest>/    tools.erofs, root.erofs, vmlinuz, initrd, manifest.json: never changed
+    templates/<slug>.json                           the image in use, the last error
 
 An image is made in a folder of another name and renamed when it is complete, so whatever has a
 digest for a name is whole.
@@ -17,6 +17,8 @@ from typing import Any
 from sandyard.server.core.contracts.node import TemplateFact, TemplateStatus
 from sandyard.server.core.errors import NotFoundError, UnavailableError
 from sandyard.server.node.images.definitions import Definition
+
+ROOTS = ("tools.erofs", "root.erofs")
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,13 @@ class Image:
         return bool(self.inputs.get("kernel"))
 
     @property
-    def base(self) -> Path:
-        """The root file system, ext4."""
-        return self.folder / "base.ext4"
+    def roots(self) -> tuple[Path, ...]:
+        """The read-only disks, in their order: our tools, and the template's root file system. An
+        image of an earlier version has both in one."""
+        together = self.folder / "base.ext4"
+        if together.exists():
+            return (together,)
+        return tuple(self.folder / name for name in ROOTS)
 
     @property
     def kernel(self) -> Path:

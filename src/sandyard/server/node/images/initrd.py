@@ -14,18 +14,19 @@ from sandyard.server.core.errors import InternalError
 from sandyard.server.drivers.initrd import cpio_entry
 
 # tcp_diag: to break off connections that a machine which stood still believes to have.
-_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "ext4", "overlay", "tcp_diag")
+_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "erofs", "ext4", "overlay", "tcp_diag")
 _OPTIONAL = frozenset({"tcp_diag", "nfsv4"})
 _FOR_MOUNTS = ("nfsv4",)
-_FOLDERS = ("bin", "dev", "proc", "sys", "base", "disk", "root", "modules")
+_FOLDERS = ("bin", "dev", "proc", "sys", "tools", "base", "disk", "root", "modules")
 _APPLETS = (
     "sh", "mount", "umount", "mkdir", "insmod", "grep", "cp", "rm", "ln", "chmod", "ip", "hostname",
     "usleep", "sleep", "reboot", "switch_root", "cat", "mknod", "chown",
 )  # fmt: skip
 
 
-def make_initrd(root: Path, release: str | None, script: bytes, target: Path) -> None:
-    """Write the initramfs for the kernel `release` whose modules are in a root file system.
+def make_initrd(tools: Path, root: Path, release: str | None, script: bytes, target: Path) -> None:
+    """Write the initramfs, with the busybox of the tools, for the kernel `release` whose modules
+    are in a root file system.
 
     None means a kernel without modules. The initramfs is not compressed, because every boot would
     have to decompress it.
@@ -33,9 +34,9 @@ def make_initrd(root: Path, release: str | None, script: bytes, target: Path) ->
     Raises:
         InternalError: busybox or a required module is missing.
     """
-    busybox = root / "usr/bin/busybox"
+    busybox = tools / "usr/bin/busybox"
     if not busybox.exists():
-        raise InternalError("cannot make the initramfs: the template lacks busybox-static")
+        raise InternalError("cannot make the initramfs: the tools lack busybox-static")
     archive = bytearray()
     for name in _FOLDERS:
         archive += cpio_entry(name, stat.S_IFDIR | 0o755, b"")
@@ -56,14 +57,14 @@ def make_initrd(root: Path, release: str | None, script: bytes, target: Path) ->
     target.write_bytes(archive)
 
 
-def add_modules(root: Path, release: str | None) -> None:
-    """Add the uncompressed modules for mounting workspaces to a root file system, where its `load-
-    modules` finds them. None means a kernel without modules.
+def add_modules(tools: Path, root: Path, release: str | None) -> None:
+    """Add the modules for mounting workspaces, which are in a root file system, to the tools:
+    uncompressed, and where `load-modules` finds them. None means a kernel without modules.
 
     Raises:
         InternalError: one of them cannot be read.
     """
-    folder = root / "usr/lib/sandyard/modules"
+    folder = tools / "usr/lib/sandyard/modules"
     folder.mkdir(parents=True)
     order = []
     for path in _in_load_order(root / "usr/lib/modules" / release, _FOR_MOUNTS) if release else ():

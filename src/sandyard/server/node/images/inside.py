@@ -6,10 +6,11 @@ usage: python -m sandyard.server.node.images.inside VIEW run COMMAND [ARGUMENT .
        python -m sandyard.server.node.images.inside VIEW image [RELEASE]
 
 `VIEW` is what the step sees of the host (`confine.View`). `unpack` and `finish` run with the
-template's tree as their root, so links in it cannot lead out of it. `image` sees the tree at
-`/tree` and writes into the files `/out/vmlinuz`, `/out/initrd` and `/out/base.ext4`. RELEASE names
-the kernel whose modules are used: `-` stands for the distribution's, whose image is taken too;
-without it the kernel has no modules.
+template's tree as their root, so links in it cannot lead out of it. `image` sees that tree at
+`/tree` and the one of our tools at `/tools`, and writes into the files `/out/vmlinuz`,
+`/out/initrd`, `/out/tools.erofs` and `/out/root.erofs`. RELEASE names the kernel whose modules are
+used: `-` stands for the distribution's, whose image is taken too; without it the kernel has no
+modules.
 
 The environment is expected to be clean: a step can read that of this process.
 """
@@ -21,7 +22,6 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -29,7 +29,7 @@ from sandyard.server.core.errors import InternalError
 from sandyard.server.node.images.confine import View, confined, die_with_parent
 from sandyard.server.node.images.initrd import add_modules, kernel_release, make_initrd
 
-TREE, OUT = Path("/tree"), Path("/out")
+TREE, TOOLS, OUT = Path("/tree"), Path("/tools"), Path("/out")
 _ROOT = Path("/")
 _USER = 1000
 _MEMORY_BYTES = 8 * 1024**3
@@ -56,7 +56,7 @@ def _work(word: str, rest: Sequence[str]) -> Callable[[], int]:
     if word == "image":
         script = (Path(__file__).parent / "guest_files/init").read_bytes()
         release = rest[0] if rest else None
-        return lambda: _reported(lambda: make_image(TREE, OUT, release, script))
+        return lambda: _reported(lambda: make_image(TREE, TOOLS, OUT, release, script))
     archive = open(rest[0], "rb")  # noqa: SIM115 - the child reads it
     if word == "unpack":
         return lambda: _reported(lambda: unpack(_ROOT, archive))
@@ -155,8 +155,8 @@ def _add_user(root: Path) -> None:
     )
 
 
-def make_image(tree: Path, out: Path, release: str | None, script: bytes) -> None:
-    """Write the kernel, the initramfs and the root file system of a finished tree.
+def make_image(tree: Path, tools: Path, out: Path, release: str | None, script: bytes) -> None:
+    """Write the kernel, the initramfs and the read-only file systems of two finished trees.
 
     Raises:
         InternalError: a required file is missing, or cannot be read.
@@ -167,27 +167,12 @@ def make_image(tree: Path, out: Path, release: str | None, script: bytes) -> Non
         shutil.copyfile(tree / f"boot/vmlinuz-{release}", out / "vmlinuz")
     if release is not None:
         subprocess.run(["depmod", "-b", str(tree), release], check=True)
-    make_initrd(tree, release, script, out / "initrd")
-    add_modules(tree, release)
+    make_initrd(tools, tree, release, script, out / "initrd")
+    add_modules(tools, tree, release)
     _remove(tree / "boot")
     (tree / "boot").mkdir()
-    subprocess.run(
-        ["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-L", "base",
-         "-E", "root_owner=0:0", "-d", str(tree), str(out / "base.ext4"),
-         f"{_size_of_tree_mib(tree)}M"],
-        check=True,
-    )  # fmt: skip
-
-
-def _size_of_tree_mib(root: Path) -> int:
-    """Return the size of an ext4 file system for a tree: blocks, inode tables and a margin."""
-    files = total = 0
-    for folder, names, others in os.walk(root):
-        for name in (*names, *others):
-            files += 1
-            with suppress(OSError):
-                total += -(-os.lstat(os.path.join(folder, name)).st_size // 4096) * 4096
-    return (int(total * 1.06) + files * 600) // 2**20 + 48
+    for folder, name in ((tools, "tools.erofs"), (tree, "root.erofs")):
+        subprocess.run(["mkfs.erofs", "--quiet", str(out / name), str(folder)], check=True)
 
 
 def _remove(path: Path) -> None:

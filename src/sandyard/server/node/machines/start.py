@@ -80,7 +80,7 @@ async def spec_of(
         memory_mib=record.memory_mib,
         kernel=kit.image.kernel,
         initrd=kit.image.initrd,
-        base=kit.image.base,
+        roots=kit.image.roots,
         disk=body.disk,
         memory=body.memory,
         folder=body.run,

@@ -40,8 +40,8 @@ _WARMUP_ROUNDS = 2
 _RETRY_S = 120.0
 _NOBODY = "golden"
 _LOAD_NFS = (
-    "grep -qw nfs4 /proc/filesystems || /run/sandyard/base/usr/bin/busybox chroot "
-    "/run/sandyard/base /usr/lib/sandyard/load-modules"
+    "grep -qw nfs4 /proc/filesystems || /run/sandyard/tools/usr/bin/busybox chroot "
+    "/run/sandyard/tools /usr/lib/sandyard/load-modules"
 )
 _HOSTNAME = "sandbox-000000000000"  # as long as a sandbox's own: its files need not grow
 
