@@ -92,7 +92,7 @@ def minimal_image(kernel: Path | None = None) -> Image:
 async def build_large() -> None:
     """Build the templates whose packages take minutes, for the tests that will ask for them."""
     builder = builder_of(cached_settings(CACHE / "home-large"))
-    for slug in ("desktop-ubuntu", "base-ubuntu"):
+    for slug in ("desktop-ubuntu", "base-ubuntu", "docker-ubuntu"):
         await builder.build(slug, progress=print)
 
 

@@ -48,6 +48,7 @@ from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exc
 from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.images import build
 from sandyard.server.node.images.definitions import load_definition, load_definitions
+from sandyard.server.node.images.images import Image, write_manifest
 from sandyard.server.node.images.initrd import add_modules, make_initrd
 from sandyard.server.node.machines.console import FailedConsoles, append_console
 from sandyard.server.node.machines.guest import Guest, Was
@@ -91,8 +92,16 @@ def test_the_token_and_env_are_nowhere_on_the_command_line() -> None:
         SPEC, door=None, tb_size_mib=64, tsc_khz=1_000, tap_fd=9, is_restored=False
     )
     assert not any("token" in one for one in arguments)
-    assert "file=/i/a,,b.ext4" in " ".join(arguments)
-    assert "readonly=on" in arguments[arguments.index("-drive") + 1]
+    assert "file=/i/a,,b.erofs" in " ".join(arguments)
+
+
+def test_only_the_last_disk_can_be_written() -> None:
+    arguments = machine_arguments(
+        SPEC, door=None, tb_size_mib=64, tsc_khz=1_000, tap_fd=9, is_restored=False
+    )
+    drives = [arguments[at + 1] for at, word in enumerate(arguments) if word == "-drive"]
+    assert ["file=/m/disk.ext4" in one for one in drives] == [False, False, True]
+    assert ["readonly=on" in one for one in drives] == [True, True, False]
 
 
 def test_qemu_runs_with_nothing_it_could_misuse() -> None:
@@ -113,9 +122,9 @@ def test_only_emulated_machines_are_told_the_rate_of_the_counter() -> None:
 
 def test_shipped_definitions_can_be_read() -> None:
     found = load_definitions(TEMPLATES)
-    assert set(found) == {"base-ubuntu", "base-minimal", "desktop-ubuntu"}
+    assert set(found) == {"base-ubuntu", "base-minimal", "desktop-ubuntu", "docker-ubuntu"}
     assert [one.slug for one in found.values() if one.kind == "desktop"] == ["desktop-ubuntu"]
-    assert [one.slug for one in found.values() if one.start] == ["desktop-ubuntu"]
+    assert [one.slug for one in found.values() if one.start] == ["desktop-ubuntu", "docker-ubuntu"]
     assert found["base-ubuntu"].defaults == Shape(2, 4096, 10240)
     assert found["base-minimal"].defaults == Shape(1, 512, 5120)
     assert [source.family for source in found["base-ubuntu"].sources] == ["ubuntu", "debian"]
@@ -139,6 +148,57 @@ def test_a_definition_that_is_wrong_is_refused_by_name(tmp_path: Path, old: str,
     path.write_text(text.replace(old, new))
     with pytest.raises(InvalidArgumentError, match=r"mine\.toml"):
         load_definition(path)
+
+
+@pytest.fixture
+def extending(tmp_path: Path) -> Path:
+    """A template that extends base-minimal, with a step and a shape of its own."""
+    (tmp_path / "base-minimal.toml").write_text((TEMPLATES / "base-minimal.toml").read_text())
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'slug = "mine"\nname = "Mine"\nextends = "base-minimal"\npackages = ["jq"]\n'
+        'steps = ["true"]\n[defaults]\nvcpus = 2\nmemory = "1GB"\ndisk = "7GB"\n'
+    )
+    return path
+
+
+def test_a_template_adds_to_the_one_that_it_extends(extending: Path) -> None:
+    base = load_definition(extending.with_name("base-minimal.toml"))
+    mine = load_definition(extending)
+    assert (mine.slug, mine.name, mine.description) == ("mine", "Mine", base.description)
+    assert mine.packages == (*base.packages, "jq")
+    assert (mine.steps, mine.warmup, mine.sources) == (("true",), base.warmup, base.sources)
+    assert mine.defaults == Shape(2, 1024, 7168)
+
+
+def test_a_template_changes_with_the_one_that_it_extends(extending: Path) -> None:
+    base, before = extending.with_name("base-minimal.toml"), load_definition(extending)
+    base.write_text(base.read_text().replace('"bash"', '"bash", "jq"'))
+    after = load_definition(extending)
+    assert after.digest != before.digest
+    assert after.packages_digest != before.packages_digest
+    # Which kernel is used says nothing of the packages.
+    for path in (base, extending):
+        path.write_text('kernel_arguments = "quiet"\n' + path.read_text())
+    assert load_definition(extending).packages_digest == after.packages_digest
+    assert load_definition(extending).digest != after.digest
+
+
+@pytest.mark.parametrize("extended", ["absent", "mine", "../base-minimal", ""])
+def test_a_template_extends_one_of_its_folder_that_stands_alone(
+    extending: Path, extended: str
+) -> None:
+    extending.write_text(extending.read_text().replace('"base-minimal"', f'"{extended}"'))
+    with pytest.raises(InvalidArgumentError, match=r"mine\.toml"):
+        load_definition(extending)
+
+
+def test_an_image_of_an_earlier_version_has_all_in_one(tmp_path: Path) -> None:
+    write_manifest(tmp_path, os="o", size_bytes=1, inputs={})
+    image = Image("d", tmp_path, "o", 1, datetime.now(UTC), {})
+    assert image.roots == (tmp_path / "tools.erofs", tmp_path / "root.erofs")
+    (tmp_path / "base.ext4").touch()
+    assert image.roots == (tmp_path / "base.ext4",)
 
 
 def test_the_digest_of_a_definition_follows_its_text(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ ARGUMENTS_ARE = (
     f"one line of at most {_ARGUMENTS_MAX} plain ASCII characters, with quotes in pairs, and "
     "without `--`, `console=` and `sandyard.`, which are Sandyard's own"
 )
+_ADDED = frozenset({"packages", "steps", "warmup"})
 _KERNEL_LINE = re.compile(rb"^kernel(_modules|_arguments)?[ \t]*=.*\n", re.MULTILINE)
 
 
@@ -81,19 +82,42 @@ def load_definition(path: Path) -> Definition:
     """Return the definition in a file.
 
     Raises:
-        InvalidArgumentError: it is not TOML, or a key is missing, unknown or of the wrong type.
+        InvalidArgumentError: it is not TOML, or a key is missing, unknown or of the wrong type; or
+            so is the file beside it that it extends.
     """
-    data = path.read_bytes()
     try:
-        # Above the first table: in those, a kernel is a distribution's package.
-        head, table, rest = data.partition(b"\n[")
-        packages = _KERNEL_LINE.sub(b"", head + b"\n")[:-1] + table + rest
-        definition = _parse(tomllib.loads(data.decode()), sha256(data).hexdigest(), path.parent)
+        data = path.read_bytes()
+        values, packages = tomllib.loads(data.decode()), _without_kernel(data)
+        if "extends" in values:
+            extended = path.with_name(f"{_text(values, 'extends')}.toml").read_bytes()
+            values = _merged(tomllib.loads(extended.decode()), values)
+            data, packages = extended + data, _without_kernel(extended) + packages
+        definition = _parse(values, sha256(data).hexdigest(), path.parent)
         return replace(definition, packages_digest=sha256(packages).hexdigest())
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot read the template {path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArgumentError(f"cannot read the template {path}: {error!r}") from error
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"cannot read the template {path}: {error.message}") from error
+
+
+def _without_kernel(data: bytes) -> bytes:
+    """Return a file without what it says of a kernel of the operator's own."""
+    # Above the first table: in those, a kernel is a distribution's package.
+    head, table, rest = data.partition(b"\n[")
+    return _KERNEL_LINE.sub(b"", head + b"\n")[:-1] + table + rest
+
+
+def _merged(extended: dict[str, object], own: dict[str, object]) -> dict[str, object]:
+    """Return the keys of a template that extends another: lists of both, the rest of its own where
+    it has any."""
+    if "extends" in extended:
+        raise ValueError("a template that is extended may not extend another one")
+    merged = extended | {name: value for name, value in own.items() if name != "extends"}
+    for name in _ADDED & extended.keys() & own.keys():
+        merged[name] = [*_list(extended, name), *_list(own, name)]
+    return merged
 
 
 def _parse(data: dict[str, object], digest: str, folder: Path) -> Definition:
