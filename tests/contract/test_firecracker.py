@@ -28,7 +28,7 @@ async def test_firecracker_sees_its_jail_and_nothing_else(tmp_path: Path) -> Non
             machine = await bench.driver.start(bench.spec, inner)
             root = Path(f"/proc/{machine.pid}/root")
             assert {one.name for one in root.iterdir()} == {
-                "base", "dev", "disk", "firecracker", "firecracker.pid", "run",
+                "base", "dev", "disk", "firecracker", "firecracker.pid", "root", "run",
             }  # fmt: skip
             own, hosts = (os.stat(f"/proc/{one}/ns/pid") for one in (machine.pid, "self"))
             assert own.st_ino != hosts.st_ino
@@ -51,7 +51,7 @@ async def test_firecracker_killed_at_any_step_leaves_nothing(
     async with AsyncExitStack() as held:
         bench = await firecracker_bench(tmp_path, held)
         real = Api._call
-        for step in range(7):
+        for step in range(8):
             left = [step]
 
             async def call(self: Api, *args: Any, left: list[int] = left, **more: Any) -> Any:

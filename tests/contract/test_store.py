@@ -364,6 +364,17 @@ async def test_effects_are_written_with_a_change_or_not_at_all(store: Store) -> 
     assert not await exists(store, double.id)
 
 
+async def test_any_number_of_periods_is_charged_at_once(store: Store) -> None:
+    one = sandbox(status=Status.RUNNING)
+    await insert(store, one)
+    async with store.write(ORG) as tx:
+        await tx.usage.open(UsagePeriod(one.id, ORG, 1, one.shape, NOW))
+        [period] = await tx.usage.of_sandbox(one.id)
+        others = [replace(period, id=period.id + number) for number in range(1, 12_000)]
+        await tx.usage.charge([*others, replace(period, posted=7)])
+        assert await tx.usage.of_sandbox(one.id) == [replace(period, posted=7)]
+
+
 async def test_a_period_ends_no_earlier_than_it_began(store: Store) -> None:
     one = sandbox(status=Status.RUNNING)
     await insert(store, one)

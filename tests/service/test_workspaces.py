@@ -6,8 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import pytest
 from tests.support.clock import DrivenClock
 from tests.support.desk import Desk, open_desk, still
+
+from sandyard.server.core.errors import UnavailableError
 
 _BLOCK = 4096
 
@@ -55,3 +58,30 @@ async def test_workspaces_are_measured_by_one_server_and_by_its_peer_when_it_is_
         assert await measured(20) == 10  # the duty of the first one lasts
         await one.drive(60, step=10)
         assert await measured(30) == 30
+
+
+async def test_a_server_that_fails_throughout_leaves_workspaces_to_its_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = DrivenClock()
+    async with AsyncExitStack() as held:
+        one, two = [
+            await held.enter_async_context(open_desk(tmp_path, clock=clock, server_id=name))
+            for name in ("one", "two")
+        ]
+        made = (await one.services.workspaces.create(one.actor, "Work")).workspace
+        await one.services.workspaces.note_use(made, has_changed=False)
+        file = tmp_path / "workspaces" / made.id / "file"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(_BLOCK))
+
+        async def fails(*_: object) -> None:
+            raise UnavailableError("the folder is not there")
+
+        monkeypatch.setattr(one.services.workspaces._volumes, "use_of", fails)
+        await held.enter_async_context(looking_around(one))
+        await still()
+        await held.enter_async_context(looking_around(two))
+        await one.drive(180, step=10)
+        found = (await two.services.workspaces.get(two.actor, made.id)).workspace
+        assert found.size_bytes == 2 * _BLOCK

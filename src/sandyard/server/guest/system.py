@@ -1,6 +1,6 @@
 """The agent's view of the machine: the user's root, accounts, figures, identity.
 
-The agent runs inside the read-only base image, so that changes to the machine's files cannot break
+The agent runs inside the read-only tools, so that changes to the machine's files cannot break
 its interpreter. It reaches the user's root through `root_fd`, a descriptor of the root of PID 1;
 `enter` moves a forked child there.
 """

@@ -54,10 +54,8 @@ class Hold:
 
 @dataclass(frozen=True)
 class Effects:
-    """What is written with a change of a sandbox, if the change is.
-
-    `line` is of the feed; `opens` is a usage period that begins; the open one ends at `closes_at`.
-    """
+    """Rows to write with a change of a sandbox, only if the change is written: an entry of the
+    feed (`line`), a usage period to open, the time at which the open one ends."""
 
     line: Activity | None = None
     opens: UsagePeriod | None = None

@@ -36,6 +36,7 @@ from sandyard.server.links.sql.prepared import Prepared
 from sandyard.server.links.sql.rows import Connection, put
 
 _SHAPE = ("vcpus", "memory_mib", "disk_mib")
+_CHARGED_AT_ONCE = 500  # a statement takes 32,767 values at most
 
 
 class UsageTable:
@@ -390,14 +391,22 @@ async def _reopen(
 async def _charge(
     connection: Connection, table: Table, periods: Sequence[UsagePeriod | StoragePeriod]
 ) -> None:
-    if not periods:
-        return
+    for at in range(0, len(periods), _CHARGED_AT_ONCE):
+        await _charge_some(connection, table, periods[at : at + _CHARGED_AT_ONCE])
+
+
+async def _charge_some(
+    connection: Connection, table: Table, periods: Sequence[UsagePeriod | StoragePeriod]
+) -> None:
     c = table.c
     columns = [column(one.name, one.type) for one in (c.id, c.posted, c.is_settled)]
     rows = [(one.id, one.posted, one.is_settled) for one in periods]
     now = values(*columns, name="now").data(rows).cte("now").c
     await connection.execute(
-        update(table).where(c.id == now.id).values(posted=now.posted, is_settled=now.is_settled)
+        update(table)
+        # The second has the index used, whatever the planner believes of the table.
+        .where(c.id == now.id, c.id.in_([one.id for one in periods]))
+        .values(posted=now.posted, is_settled=now.is_settled)
     )
 
 

@@ -54,15 +54,13 @@ _REACH_LIMIT_S = 30.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
 _TOOLS_PACKAGES = ("busybox-static", "python3")
-# Programs look for their loader by names that another package provides, as it does folders.
-_SET_UP_TOOLS = """
-for name in bin sbin lib lib64; do
-    mkdir -p "$1/usr/$name"
-    [ -e "$1/$name" ] || ln -s "usr/$name" "$1/$name"
-done
+# What the packages of every installed system provide: folders, and the links that programs find
+# their loader by. Packages of older releases have files under them.
+_BEFORE_TOOLS = """
 for name in proc sys dev run tmp; do mkdir -p "$1/$name"; done
-chroot "$1" python3 -m compileall -q /usr/lib
+for name in bin sbin lib lib64; do mkdir -p "$1/usr/$name" && ln -s "usr/$name" "$1/$name"; done
 """
+_AFTER_TOOLS = 'chroot "$1" python3 -m compileall -q /usr/lib'
 _PROGRAMS = ("mmdebstrap", "tar", "zstd", "mkfs.erofs", "depmod")
 _LEFT_OUT = (
     "path-exclude=/usr/share/man/*",
@@ -327,7 +325,8 @@ class _Build:
                     f"--components={','.join(source.components)}",
                     f"--include={','.join(_TOOLS_PACKAGES)}",
                     *(f"--dpkgopt={rule}" for rule in _LEFT_OUT),
-                    f"--extract-hook={_SET_UP_TOOLS}",
+                    f"--setup-hook={_BEFORE_TOOLS}",
+                    f"--extract-hook={_AFTER_TOOLS}",
                     source.suite, str(TREE),
                 ],
                 Bind(str(root), str(TREE), writable=True),

@@ -36,6 +36,7 @@ NEEDS: tuple[Need, ...] = (
     Need(("VIRTIO_BLK",), "disks", "virtio_blk"),
     Need(("VIRTIO_NET",), "the network, by which the agent is reached", "virtio_net"),
     Need(("EROFS_FS",), "the file systems of a template and of our tools", "erofs"),
+    Need(("EROFS_FS_SECURITY",), "file capabilities of a template: ping", is_must=False),
     Need(("EXT4_FS",), "the file system of the disk", "ext4"),
     Need(("OVERLAY_FS",), "the root: the shared base under a sandbox's own files", "overlay"),
     Need(("TMPFS",), "/run and /dev/shm"),

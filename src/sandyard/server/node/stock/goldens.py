@@ -39,9 +39,11 @@ WARMUP_LIMIT_S = 60.0
 _WARMUP_ROUNDS = 2
 _RETRY_S = 120.0
 _NOBODY = "golden"
+# An image of an earlier version has its own tools in the second place.
 _LOAD_NFS = (
-    "grep -qw nfs4 /proc/filesystems || /run/sandyard/tools/usr/bin/busybox chroot "
-    "/run/sandyard/tools /usr/lib/sandyard/load-modules"
+    "grep -qw nfs4 /proc/filesystems || for place in tools base; do cd /run/sandyard/$place && "
+    "[ -x usr/lib/sandyard/load-modules ] && "
+    "exec usr/bin/busybox chroot . /usr/lib/sandyard/load-modules; done"
 )
 _HOSTNAME = "sandbox-000000000000"  # as long as a sandbox's own: its files need not grow
 

@@ -126,7 +126,7 @@ class Creation:
         """
         actor.require("sandbox:create")
         until = Deadline(self._clock, wait_s)
-        claim, limit_s = None, wait_s
+        claim, at_least_s = None, 0.0
         async with self._repeats.turn(actor, request):
             made = await self._made_before(actor, request)
             if made is None:
@@ -136,8 +136,9 @@ class Creation:
                 if made.id == sandbox.id:
                     claim = Claim(made, hold.lease)
                 if placed.is_waiting:
-                    limit_s = max(limit_s, self._pooled_wait_s)
+                    at_least_s = self._pooled_wait_s
         if claim is not None:
+            limit_s = max(until.left_s, at_least_s)
             await self._worker.run_now(claim, limit_s=limit_s)
             made = await self._register.reread(made.id) if limit_s > 0 else made
         return await self._power.until_up(made, limit_s=until.left_s) if wait_s > 0 else made

@@ -37,6 +37,7 @@ WORKSPACES_MAX = 1000
 _BEAT_S = 60.0
 _DUTY = "workspaces"
 _DUTY_LASTS = timedelta(seconds=1.5 * _BEAT_S)
+_RESTS = 2  # beats, after which another server has taken the duty
 _WITHDRAW_S = 10.0
 _ACCESS = timedelta(minutes=1)
 _GIB = 1024**3
@@ -72,6 +73,7 @@ class Workspaces:
     ) -> None:
         self._store = platform.store
         self._server_id = platform.server_id
+        self._rests = 0
         self._volumes = volumes
         self._repeats = platform.repeats
         self._clock = platform.clock
@@ -326,11 +328,13 @@ class Workspaces:
 
     async def run(self) -> None:
         """Measure workspaces and finish interrupted deletions every _BEAT_S; never returns. Of
-        several servers, one at a time does."""
+        several servers, one at a time does. One that fails throughout leaves it to another."""
         while True:
             try:
-                if await self._has_duty():
-                    await self.look_around()
+                if self._rests > 0:
+                    self._rests -= 1
+                elif await self._has_duty() and not await self.look_around():
+                    self._rests = _RESTS
             except SandyardError as error:
                 log.warning("cannot measure workspaces: %s; retrying", error.message)
             except Exception:  # a bug here must not end the server
@@ -341,9 +345,9 @@ class Workspaces:
         async with self._store.write(Turn.SHARED) as tx:
             return await tx.duties.take(_DUTY, self._server_id, lasts=_DUTY_LASTS)
 
-    async def look_around(self) -> None:
+    async def look_around(self) -> bool:
         """Store the sizes of workspaces that are mounted or were used recently, and resume
-        interrupted deletions.
+        interrupted deletions. Return False if nothing of that could be done.
 
         Raises:
             UnavailableError: the store does not answer.
@@ -351,6 +355,7 @@ class Workspaces:
         async with self._store.read() as tx:
             every, mounted = await tx.workspaces.every(), await tx.sandboxes.mounted()
         now = self._clock.now()
+        done = failed = 0
         # Sizes first: charges depend on them, and removals may have to wait for a node.
         for one in sorted(every, key=lambda one: one.removed_at is not None):
             try:
@@ -363,15 +368,21 @@ class Workspaces:
                     if size != one.size_bytes:
                         async with self._store.write(one.org_id) as tx:
                             await self._note(tx, one, size, accessed=False)
+                else:
+                    continue
+                done += 1
             except SandyardError as error:
+                failed += 1
                 log.warning(
                     "cannot measure or remove the workspace %s: %s; retrying", one.id, error.message
                 )
                 if one.removed_at is not None and isinstance(error, DeadlineExceededError):
                     break  # the others would wait as long
             except Exception:  # the others are handled all the same
+                failed += 1
                 log.exception("unexpected error in the workspace %s; retrying", one.id)
         await self._volumes.rest()
+        return done > 0 or failed == 0
 
     def _line(self, actor: Actor, workspace: Workspace, event: str, title: str) -> Activity:
         return line(
