@@ -3,13 +3,14 @@
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nats.aio.client import Client
 from tests.support.nats import NatsServer, nats_server
 from tests.support.nodes import FakeNode, a_wish
 
@@ -86,6 +87,31 @@ async def test_a_server_that_hangs_is_seen_to_in_seconds(nats: NatsServer) -> No
         nats.go_on()
         await up(link, there)
         await remote.report()
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+async def test_a_link_ends_although_its_client_suppresses_that(
+    nats: NatsServer, monkeypatch: pytest.MonkeyPatch, is_up: bool
+) -> None:
+    closing, real = asyncio.Event(), Client.close
+
+    async def close(client: Client) -> None:
+        closing.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.5)
+        await real(client)
+
+    monkeypatch.setattr(Client, "close", close)
+    async with asyncio.timeout(10):
+        async with linked(nats.control_link("one")) as link:
+            if is_up:
+                await up(link)
+                assert link._client is not None
+                await real(link._client)  # the link notices, and closes it as well
+            else:
+                nats.kill()
+            await closing.wait()
+    assert not link.is_up
 
 
 async def test_where_nobody_listens_that_is_told_at_once(nats: NatsServer) -> None:

@@ -148,7 +148,7 @@ class Link:
                 )
                 was_up = True
                 await self._tell(client)
-                while client.is_connected:
+                while client.is_connected and not _is_cancelled():
                     await asyncio.sleep(_LOOK_S)
             except Exception as error:  # noqa: BLE001 - the next try may do better
                 self.trouble = self.trouble or str(error)
@@ -159,6 +159,8 @@ class Link:
             finally:
                 await self._tell(None)
                 await _close(client)
+            if _is_cancelled():
+                raise asyncio.CancelledError
             await asyncio.sleep(_AGAIN_S)
 
     async def _tell(self, client: Client | None) -> None:
@@ -216,6 +218,13 @@ class Link:
             user_jwt_cb=lambda: self.login.token().encode(),
             signature_cb=sign,
         )
+
+
+def _is_cancelled() -> bool:
+    """Tell whether this task was cancelled: the NATS client suppresses that at some places, such as
+    in its `close`, and nobody would cancel it a second time."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _is_tls(client: Client) -> bool:
