@@ -473,7 +473,7 @@ class FakeMachine:
         self.executing.append(said)
         word, _, rest = said.partition(" ")
         if word.endswith("/busybox"):
-            word = rest
+            word = rest.partition(" ")[0]
         match word:
             case "hang":
                 await self._closed.wait()

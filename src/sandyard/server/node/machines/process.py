@@ -31,9 +31,8 @@ log = logging.getLogger(__name__)
 _SHUT_DOWN_S = 10.0
 _GIVE_BACK_AGAIN_S = (1.0, 5.0, 30.0, 120.0)
 # The second place is of machines whose image is of an earlier version.
-_POWER_OFF = (
-    "for place in tools base; do busybox=/run/sandyard/$place/usr/bin/busybox; "
-    '[ ! -x "$busybox" ] || exec "$busybox" poweroff; done'
+_POWER_OFF = " || ".join(
+    f"/run/sandyard/{place}/usr/bin/busybox poweroff" for place in ("tools", "base")
 )
 
 
