@@ -15,6 +15,15 @@ from sandyard.server.core.errors import UnavailableError
 _BLOCK = 4096
 
 
+async def two_desks(home: Path, held: AsyncExitStack) -> list[Desk]:
+    """Open two servers of one installation."""
+    clock = DrivenClock()
+    return [
+        await held.enter_async_context(open_desk(home, clock=clock, server_id=name))
+        for name in ("one", "two")
+    ]
+
+
 @asynccontextmanager
 async def looking_around(desk: Desk) -> AsyncIterator[asyncio.Task[None]]:
     """Have a server look after workspaces."""
@@ -30,12 +39,8 @@ async def looking_around(desk: Desk) -> AsyncIterator[asyncio.Task[None]]:
 async def test_workspaces_are_measured_by_one_server_and_by_its_peer_when_it_is_gone(
     tmp_path: Path,
 ) -> None:
-    clock = DrivenClock()
     async with AsyncExitStack() as held:
-        one, two = [
-            await held.enter_async_context(open_desk(tmp_path, clock=clock, server_id=name))
-            for name in ("one", "two")
-        ]
+        one, two = await two_desks(tmp_path, held)
         made = (await one.services.workspaces.create(one.actor, "Work")).workspace
         file = tmp_path / "workspaces" / made.id / "file"
 
@@ -63,12 +68,8 @@ async def test_workspaces_are_measured_by_one_server_and_by_its_peer_when_it_is_
 async def test_a_server_that_fails_throughout_leaves_workspaces_to_its_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = DrivenClock()
     async with AsyncExitStack() as held:
-        one, two = [
-            await held.enter_async_context(open_desk(tmp_path, clock=clock, server_id=name))
-            for name in ("one", "two")
-        ]
+        one, two = await two_desks(tmp_path, held)
         made = (await one.services.workspaces.create(one.actor, "Work")).workspace
         await one.services.workspaces.note_use(made, has_changed=False)
         file = tmp_path / "workspaces" / made.id / "file"

@@ -35,12 +35,12 @@ class Place:
 class MachineSpec:
     """The complete specification of a machine.
 
-    `roots` are shared, read-only disks, in their order; `disk` comes after them and is the
-    machine's own. `memory` is the file from which its
-    memory is loaded: it is mapped privately and never written, so that many machines share its
-    pages. A start without one makes an empty one. `token` is the first that the agent accepts.
-    `folder` is for the driver's sockets; it exists, belongs to the place's account, and its path is
-    short enough for a socket.
+    `roots` are the read-only disks, shared between machines, in the order in which the guest sees
+    them; `disk` follows them and is the machine's own. `memory` is the file from which its memory
+    is loaded: it is mapped privately and never written, so that many machines share its pages. A
+    start without one makes an empty one. `token` is the first that the agent accepts. `folder` is
+    for the driver's sockets; it exists, belongs to the place's account, and its path is short
+    enough for a socket.
     """
 
     name: str

@@ -221,8 +221,8 @@ class Link:
 
 
 def _is_cancelled() -> bool:
-    """Tell whether this task was cancelled: the NATS client suppresses that at some places, such as
-    in its `close`, and nobody would cancel it a second time."""
+    """Tell whether this task was cancelled. The NATS client catches CancelledError in some places,
+    for example in `close`, so the task would otherwise run forever."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
