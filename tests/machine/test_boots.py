@@ -17,6 +17,7 @@ from sandyard.server.core.contracts.node import TemplateStatus
 from sandyard.server.core.errors import InternalError
 from sandyard.server.node.images.build import Builder
 from sandyard.server.node.images.images import Images
+from sandyard.server.node.images.versions import Versions
 
 pytestmark = pytest.mark.machine
 
@@ -62,6 +63,7 @@ async def test_a_build_that_fails_leaves_the_image_in_use(tmp_path: Path) -> Non
         definitions={"base-minimal": broken},
         images_dir=settings.images_dir,
         templates_dir=tmp_path / "templates",
+        versions=Versions(tmp_path / "versions"),
     )
     images.use("base-minimal", image.digest)
     builder = Builder(images, cache_dir=tmp_path / "cache", logs_dir=tmp_path / "builds")

@@ -449,14 +449,14 @@ async def test_of_a_template_that_nodes_tell_otherwise_most_decide_and_then_the_
 
     monkeypatch.setattr(FakeNode, "templates", as_told)
     told["a"] = Shape(32, 65536, 512_000)
-    assert (await three.services.templates.ready("base-minimal")).defaults == told["b"]
+    assert (await three.services.templates.shipped.ready("base-minimal")).defaults == told["b"]
     await three.drive(4)
     told["b"] = told["a"]
-    assert (await three.services.templates.ready("base-minimal")).defaults == told["a"]
+    assert (await three.services.templates.shipped.ready("base-minimal")).defaults == told["a"]
     await three.drive(4)
     three.nodes["c"].templates_ready = ()
     told["b"] = Shape(1, 256, 1024)
-    assert (await three.services.templates.ready("base-minimal")).defaults == told["b"]
+    assert (await three.services.templates.shipped.ready("base-minimal")).defaults == told["b"]
 
 
 async def test_what_a_node_is_too_old_for_is_started_by_another(three: Desk) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sandyard.server.app.settings import NodeSettings, Settings
 from sandyard.server.app.wiring import builder_of
-from sandyard.server.node.images.images import Image
+from sandyard.server.node.images.image import Image
 
 CACHE = Path(os.environ.get("SANDYARD_TEST_CACHE", "/var/cache/sandyard-tests"))
 _WIDE = ("AVX", "AVX2", "FMA", *(f"AVX512{one}" for one in ("F", "VL", "BW", "CD", "DQ")), "XSAVEC")

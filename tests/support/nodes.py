@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any, TypeVar, get_type_hints
 
 from sandyard.server.core import ops, wire
@@ -25,7 +26,9 @@ from sandyard.server.core.contracts.node import (
     SnapshotFact,
     TemplateFact,
     TemplateStatus,
+    VersionFact,
     Way,
+    version_name,
 )
 from sandyard.server.core.errors import (
     ConflictError,
@@ -37,6 +40,7 @@ from sandyard.server.core.errors import (
     error_of,
     kind_of,
 )
+from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.fake import ECHO_PORT
 from sandyard.server.node.generation import Generation
@@ -218,6 +222,31 @@ class FakeNode:
     async def withdraw(self, workspace_id: str) -> None:
         """See core.contracts.node.NodeExports.withdraw; nothing has it mounted."""
         self._answer("withdraw")
+
+    async def keep_version(
+        self, sandbox_id: str, *, incarnation: int, path: str, about: VersionAbout, size_max: int
+    ) -> VersionFact:
+        """See core.contracts.node.NodeVersions.keep_version."""
+        self._answer("keep_version")
+        self._known(sandbox_id, incarnation)
+        told = json.dumps(encode(about), sort_keys=True)
+        name = version_name(about.slug, sha256(told.encode()).hexdigest()[:24])
+        self.templates_ready = tuple(dict.fromkeys((*self.templates_ready, name)))
+        return VersionFact(name, "0" * 64, min(SIZE, size_max))
+
+    async def prepare_version(self, version: str) -> None:
+        """See core.contracts.node.NodeVersions.prepare_version."""
+        self._answer("prepare_version")
+        if version not in self.templates_ready:
+            raise NotFoundError(f"cannot use the template {version}")
+        if (refusal := self.refusal) is not None:
+            self.refusal = None
+            raise refusal
+
+    async def drop_version(self, version: str) -> None:
+        """See core.contracts.node.NodeVersions.drop_version."""
+        self._answer("drop_version")
+        self.templates_ready = tuple(one for one in self.templates_ready if one != version)
 
     async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
         """See core.contracts.node.NodeControl.find_snapshot."""

@@ -21,6 +21,7 @@ from sandyard.server.node.images.additions import pack_template
 from sandyard.server.node.images.build import Builder, workshop
 from sandyard.server.node.images.confine import FIRST_ID, Bind, View
 from sandyard.server.node.images.images import Images
+from sandyard.server.node.images.versions import Versions
 
 pytestmark = [pytest.mark.root]
 
@@ -336,6 +337,7 @@ async def test_a_hostile_build_ends_in_an_error_and_takes_nothing_from_the_host(
         definitions={"hostile": replace(minimal, slug="hostile", steps=steps, digest="hostile")},
         images_dir=tmp_path / "images",
         templates_dir=tmp_path / "templates",
+        versions=Versions(tmp_path / "versions"),
     )
     before = sorted(tmp_path.iterdir())
     builder = Builder(images, cache_dir=tmp_path / "cache", logs_dir=tmp_path / "builds")

@@ -14,7 +14,7 @@ from sandyard.server.drivers.contract import ProbeSpec, Verdict
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.kvm import NO_KVM
 from sandyard.server.node.host.choice import Drivers
-from sandyard.server.node.images.images import Image
+from sandyard.server.node.images.image import Image
 
 
 @dataclass

@@ -48,7 +48,7 @@ from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exc
 from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.images import build
 from sandyard.server.node.images.definitions import load_definition, load_definitions
-from sandyard.server.node.images.images import Image, write_manifest
+from sandyard.server.node.images.image import Image, write_manifest
 from sandyard.server.node.images.initrd import add_modules, make_initrd
 from sandyard.server.node.machines.console import FailedConsoles, append_console
 from sandyard.server.node.machines.guest import Guest, Was

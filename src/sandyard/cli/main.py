@@ -18,6 +18,7 @@ from sandyard.cli import (
     sandbox,
     server,
     snapshot,
+    template,
     ways,
     workspace,
 )
@@ -38,7 +39,7 @@ app.add_typer(account.auth, name="auth")
 app.add_typer(account.ssh_key, name="ssh-key")
 app.add_typer(admin.app, name="admin")
 app.add_typer(server.nodes, name="node")
-app.add_typer(server.templates, name="template")
+app.add_typer(template.app, name="template")
 app.add_typer(server.setup, name="setup")
 
 

@@ -225,8 +225,13 @@ def execute(
         float | None,
         typer.Option(help="The time limit in seconds. Default: 30; with -i or -t, none."),
     ] = None,
-    cwd: Annotated[str, typer.Option(help="The working directory.")] = "/workspace",
-    user: Annotated[str, typer.Option(help="The user.")] = "root",
+    cwd: Annotated[
+        str | None,
+        typer.Option(help="The working directory. Default: the template's, else /workspace."),
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option(help="The user. Default: the template's, else root.")
+    ] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="Forward standard input.")
     ] = False,

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sandyard.cli.credentials import secret_of
-from sandyard.cli.output import out, plain, show_table
+from sandyard.cli.output import out, plain
 from sandyard.client.config import ClientConfig, read_config, write_config
 
 if TYPE_CHECKING:
     from sandyard.server.app.settings import Settings
 
 nodes = typer.Typer(help="Run this host's node, of an installation on several hosts.")
-templates = typer.Typer(help="Build and list templates.", no_args_is_help=True)
 setup = typer.Typer(help="Fetch what the system's packages do not bring.", no_args_is_help=True)
 
 
@@ -210,14 +209,8 @@ def firecracker(
     typer.echo(said)
 
 
-@templates.command()
-def build(
-    slugs: Annotated[list[str], typer.Argument(help="The templates.")],
-    again: Annotated[
-        bool, typer.Option("--again", help="Build from scratch even if nothing has changed.")
-    ] = False,
-) -> None:
-    """Build templates that are not up to date. A failed build leaves the current image in use."""
+def build_shipped(slugs: list[str], *, again: bool) -> None:
+    """Build templates of the installation that are not up to date."""
     settings = server_settings()
     server_module("installation").forget_environment()
     asyncio.run(server_module("wiring").check_home(settings))
@@ -232,12 +225,11 @@ def build(
             asyncio.run(builder.build(slug, progress=progress, again=again))
 
 
-@templates.command("list")
-def list_() -> None:
-    """List templates and whether they are built."""
-    rows = []
+def shipped_rows() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return a table of the installation's templates, and whether they are built on this host."""
+    rows: list[tuple[str, ...]] = []
     for fact in server_module("wiring").images_of(server_settings()).facts():
         size = f"{fact.size_bytes // 2**20} MiB" if fact.size_bytes else ""
         why = fact.error.splitlines()[0] if fact.error else ""
         rows.append((fact.slug, fact.status.value, fact.os or "", size, fact.digest or "", why))
-    show_table(("slug", "status", "os", "size", "digest", "error"), rows)
+    return ("slug", "status", "os", "size", "digest", "error"), rows

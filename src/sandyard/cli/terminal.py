@@ -30,8 +30,8 @@ def run_attached(
     *,
     has_terminal: bool,
     has_input: bool,
-    cwd: str,
-    user: str,
+    cwd: str | None,
+    user: str | None,
     timeout_s: float | None,
     raw: bool,
 ) -> int:
@@ -134,7 +134,12 @@ def leaving() -> Iterator[None]:
 
 
 def _options(
-    *, has_terminal: bool, has_input: bool, cwd: str, user: str, timeout_s: float | None
+    *,
+    has_terminal: bool,
+    has_input: bool,
+    cwd: str | None,
+    user: str | None,
+    timeout_s: float | None,
 ) -> ProcessOptions:
     """Return the options for starting the command."""
     options: ProcessOptions = {"cwd": cwd, "user": user, "stdin": has_input or has_terminal}

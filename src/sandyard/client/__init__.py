@@ -33,6 +33,7 @@ from sandyard.client.errors import (
 )
 from sandyard.client.files import AsyncFiles, AsyncWatch, Files, Watch
 from sandyard.client.models import (
+    BuildLine,
     CodeError,
     CodeResult,
     Cost,
@@ -50,12 +51,15 @@ from sandyard.client.models import (
     SignedUrl,
     Snapshot,
     SshAccess,
-    Template,
+    TemplateBuild,
+    TemplateInfo,
+    TemplateVersion,
     WindowInfo,
     Workspace,
     WorkspaceEntry,
 )
 from sandyard.client.processes import AsyncProcess, AsyncProcesses, Process, Processes
+from sandyard.client.templates import BuildFailedError, Template
 from sandyard.client.terminals import AsyncTerminal, Terminal
 from sandyard.client.workspaces import AsyncWorkspaceFiles, WorkspaceFiles
 
@@ -74,6 +78,8 @@ __all__ = [
     "AsyncWatch",
     "AsyncWorkspaceFiles",
     "BadRequestError",
+    "BuildFailedError",
+    "BuildLine",
     "ChangedError",
     "CodeError",
     "CodeResult",
@@ -118,6 +124,9 @@ __all__ = [
     "SshAccess",
     "StillStartingError",
     "Template",
+    "TemplateBuild",
+    "TemplateInfo",
+    "TemplateVersion",
     "Terminal",
     "TimedOutError",
     "TransferError",

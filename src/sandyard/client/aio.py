@@ -80,11 +80,11 @@ class AsyncSandyard(AsyncConnection):
         command: str | Sequence[str],
         *,
         timeout_s: float = 30.0,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
     ) -> ExecResult:
         """See `Sandyard.execute`."""
         call = calls.execute(
@@ -307,11 +307,11 @@ class AsyncSandbox(SandboxFacts):
         *,
         background: Literal[False] = False,
         timeout_s: float | None = ...,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
         check: bool = False,
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
@@ -332,11 +332,11 @@ class AsyncSandbox(SandboxFacts):
         *,
         background: bool = False,
         timeout_s: float | None = calls.EXEC_S,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
         check: bool = False,
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
@@ -386,11 +386,11 @@ class AsyncSandbox(SandboxFacts):
         command: str | Sequence[str],
         *,
         timeout_s: float | None = None,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
     ) -> AsyncGenerator[ProcessEvent, None]:
         """See `Sandbox.run`."""
         options = calls.run_options(
@@ -476,9 +476,9 @@ class AsyncSandbox(SandboxFacts):
         *,
         columns: int = 80,
         rows: int = 24,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         env: Mapping[str, str] | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
     ) -> AsyncTerminal:
         """See `Sandbox.open_terminal`. `on_output` may be a coroutine function."""
         process = await self.processes.start(

@@ -37,11 +37,9 @@ from sandyard.client.models import (
     SignedUrl,
     Snapshot,
     SshAccess,
-    Template,
     file_of,
     process_of,
     snapshot_of,
-    template_of,
 )
 from sandyard.client.options import (
     ChangeOptions,
@@ -281,20 +279,19 @@ def execute(
     command: str | Sequence[str],
     *,
     timeout_s: float,
-    cwd: RemotePath,
+    cwd: RemotePath | None,
     make_cwd: bool,
     env: Mapping[str, str] | None,
     stdin: str | bytes | None,
-    user: str | int,
+    user: str | int | None,
 ) -> Call[ExecResult]:
     """Run a command to its end."""
     body = {
         "command": line_of(command),
         "timeout": milliseconds(timeout_s),
-        "cwd": str(cwd),
         "env": dict(env or {}),
-        "user": user,
         "encoding": "base64",
+        **_whose(cwd, user),
     }
     if make_cwd:
         body["makeCwd"] = True
@@ -404,17 +401,23 @@ class Heard:
         )
 
 
+def _whose(cwd: RemotePath | None, user: str | int | None) -> dict[str, Any]:
+    """Return the directory and the user of a program; without them it has the template's."""
+    given = {"cwd": None if cwd is None else str(cwd), "user": user}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def run_options(
     timeout_s: float | None,
-    cwd: RemotePath,
+    cwd: RemotePath | None,
     env: Mapping[str, str] | None,
-    user: str | int,
+    user: str | int | None,
     *,
     make_cwd: bool = False,
     has_stdin: bool,
 ) -> dict[str, Any]:
     """Return what a command that is run is started with."""
-    options: dict[str, Any] = {"cwd": str(cwd), "env": dict(env or {}), "user": user}
+    options: dict[str, Any] = {"env": dict(env or {}), **_whose(cwd, user)}
     if timeout_s is not None:
         options["timeout"] = milliseconds(timeout_s)
     if make_cwd:
@@ -480,13 +483,6 @@ def roll_back(reference: str, snapshot_reference: str) -> Call[Raw]:
 def delete_snapshot(reference: str) -> Call[None]:
     """Remove a snapshot."""
     return Call("DELETE", part_of("/v1/snapshots", reference), _nothing)
-
-
-def templates() -> Call[list[Template]]:
-    """Tell of the templates."""
-    return Call(
-        "GET", "/v1/templates", lambda a: [template_of(one) for one in a["data"]], safe=True
-    )
 
 
 def credits_left() -> Call[Raw]:

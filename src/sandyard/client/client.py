@@ -89,11 +89,11 @@ class Sandyard(Connection):
         command: str | Sequence[str],
         *,
         timeout_s: float = 30.0,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
     ) -> ExecResult:
         """Run a command in a sandbox and return its result. A string is a shell command line, a
         sequence is a program and its arguments."""
@@ -322,11 +322,11 @@ class Sandbox(SandboxFacts):
         *,
         background: Literal[False] = False,
         timeout_s: float | None = ...,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
         check: bool = False,
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
@@ -347,11 +347,11 @@ class Sandbox(SandboxFacts):
         *,
         background: bool = False,
         timeout_s: float | None = calls.EXEC_S,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
         check: bool = False,
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
@@ -410,11 +410,11 @@ class Sandbox(SandboxFacts):
         command: str | Sequence[str],
         *,
         timeout_s: float | None = None,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
     ) -> Generator[ProcessEvent, None, None]:
         """Run a command and yield its output as it is printed, and finally its exit.
 
@@ -502,9 +502,9 @@ class Sandbox(SandboxFacts):
         *,
         columns: int = 80,
         rows: int = 24,
-        cwd: RemotePath = "/workspace",
+        cwd: RemotePath | None = None,
         env: Mapping[str, str] | None = None,
-        user: str | int = "root",
+        user: str | int | None = None,
     ) -> Terminal:
         """Start a program on a terminal; without a `command`, a login shell.
 

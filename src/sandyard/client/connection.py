@@ -5,14 +5,15 @@ from typing import Any, Self, TypeVar
 
 from sandyard.client import calls, workspaces
 from sandyard.client.config import ClientConfig, find_config
-from sandyard.client.models import Snapshot, Template, Workspace, snapshot_of
+from sandyard.client.models import Snapshot, Workspace, snapshot_of
+from sandyard.client.templates import AsyncTemplateMethods, TemplateMethods
 from sandyard.client.transport import AsyncTransport, Transport
 from sandyard.client.workspaces import AsyncWorkspaceFiles, WorkspaceFiles
 
 T = TypeVar("T")
 
 
-class Connection:
+class Connection(TemplateMethods):
     """A connection to a server, and the resources of an organization other than sandboxes.
 
     `Sandyard` adds the sandboxes.
@@ -73,10 +74,6 @@ class Connection:
         """Return the files of a workspace, by id or slug."""
         return WorkspaceFiles(self._transport, reference)
 
-    def templates(self) -> list[Template]:
-        """Return the templates."""
-        return self._transport.send(calls.templates())
-
     def credits(self) -> Mapping[str, Any]:
         """Return the organization's credits in cents: `balanceCents` and totals."""
         return self._transport.send(calls.credits_left())
@@ -100,7 +97,7 @@ class Connection:
                 return
 
 
-class AsyncConnection:
+class AsyncConnection(AsyncTemplateMethods):
     """See `Connection`."""
 
     def __init__(
@@ -157,10 +154,6 @@ class AsyncConnection:
     def workspace_files(self, reference: str) -> AsyncWorkspaceFiles:
         """See `Sandyard.workspace_files`."""
         return AsyncWorkspaceFiles(self._transport, reference)
-
-    async def templates(self) -> list[Template]:
-        """See `Sandyard.templates`."""
-        return await self._transport.send(calls.templates())
 
     async def credits(self) -> Mapping[str, Any]:
         """See `Sandyard.credits`."""

@@ -102,13 +102,50 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Template:
+class TemplateInfo:
     """A template for sandboxes."""
 
     slug: str
     name: str
     status: str
     raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TemplateVersion:
+    """A version of a template of the organization."""
+
+    slug: str
+    version: int
+    digest: str
+    tags: tuple[str, ...]
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TemplateBuild:
+    """A build of a version. `status` is `queued`, `building`, `ready`, `failed` or `cancelled`."""
+
+    id: str
+    slug: str
+    version: int
+    status: str
+    error: str | None
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self.status not in ("queued", "building")
+
+
+@dataclass(frozen=True)
+class BuildLine:
+    """A line of the log of a build."""
+
+    text: str
+    phase: str
+    time: str
 
 
 @dataclass(frozen=True)
@@ -414,9 +451,9 @@ def snapshot_of(raw: Mapping[str, Any]) -> Snapshot:
     )
 
 
-def template_of(raw: Mapping[str, Any]) -> Template:
+def template_of(raw: Mapping[str, Any]) -> TemplateInfo:
     """Return the template in an answer."""
-    return Template(slug=raw["slug"], name=raw["name"], status=raw["status"], raw=raw)
+    return TemplateInfo(slug=raw["slug"], name=raw["name"], status=raw["status"], raw=raw)
 
 
 def process_of(raw: Mapping[str, Any]) -> ProcessInfo:

@@ -63,12 +63,12 @@ class ListOptions(TypedDict, total=False):
 class ProcessOptions(TypedDict, total=False):
     """How a process is started."""
 
-    cwd: str | PurePosixPath
+    cwd: str | PurePosixPath | None
     """The working directory; a relative one is below /workspace."""
     make_cwd: bool
     """Whether the working directory is made if it is not there."""
     env: Mapping[str, str]
-    user: str | int
+    user: str | int | None
     tag: str
     """A name to find it by."""
     stdin: bool
@@ -82,10 +82,10 @@ class ProcessOptions(TypedDict, total=False):
 class BackgroundOptions(TypedDict, total=False):
     """How a command in the background is started."""
 
-    cwd: str | PurePosixPath
+    cwd: str | PurePosixPath | None
     make_cwd: bool
     env: Mapping[str, str]
-    user: str | int
+    user: str | int | None
     timeout_s: float | None
     """Seconds until it is ended; without it there is no limit."""
 

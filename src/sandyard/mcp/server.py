@@ -230,7 +230,10 @@ class Hands:
         sandbox: Ref,
         command: Annotated[str, Field(description="A line for bash.")],
         timeout_s: Timeout = 60.0,
-        cwd: Annotated[str, Field(description="The directory to run it in.")] = "/workspace",
+        cwd: Annotated[
+            str | None,
+            Field(description="The directory to run it in. Default: the template's, or /workspace"),
+        ] = None,
         stdin: Annotated[str | None, Field(description="What it reads.")] = None,
     ) -> Ran:
         """Run a command in a sandbox to its end. For what is to go on, use start_process."""
@@ -283,7 +286,10 @@ class Hands:
         self,
         sandbox: Ref,
         command: Annotated[str, Field(description="A line for bash, such as a server.")],
-        cwd: Annotated[str, Field(description="The directory to run it in.")] = "/workspace",
+        cwd: Annotated[
+            str | None,
+            Field(description="The directory to run it in. Default: the template's, or /workspace"),
+        ] = None,
     ) -> Started:
         """Start a command in the background. It goes on until it ends or is stopped."""
         box = await self._box(sandbox)

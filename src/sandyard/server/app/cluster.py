@@ -281,6 +281,7 @@ async def open_cluster_control(
                 tunnel=cluster.tunnels,
                 volumes=volumes,
                 exports=cluster.nodes,
+                versions=cluster.nodes,
                 bus=cluster.bus,
                 clock=clock,
                 metrics=metrics_of(settings, version),

@@ -11,10 +11,16 @@ from sandyard.server.app.faces import MakeFace, make_faces
 from sandyard.server.app.installation import secret_key
 from sandyard.server.app.metrics import Metrics
 from sandyard.server.app.settings import Settings
-from sandyard.server.app.wiring import addresses_of, plans_of, prices_of, sign_up_of
+from sandyard.server.app.wiring import (
+    addresses_of,
+    build_limits_of,
+    plans_of,
+    prices_of,
+    sign_up_of,
+)
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeTunnel
+from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeTunnel, NodeVersions
 from sandyard.server.core.contracts.payments import Payments
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.contracts.volumes import Volumes
@@ -24,6 +30,7 @@ from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
 from sandyard.server.links.public_keys import checked_public_key
 from sandyard.server.links.sessions import JwtSessions, Provider
+from sandyard.server.service.builds.build import build_templates
 from sandyard.server.service.money.build import Money, build_money
 from sandyard.server.service.money.metering import BEAT, Meter
 from sandyard.server.service.nodes import Nodes
@@ -115,6 +122,7 @@ def _services(
     worker: Reconciler,
     money: Money,
     workspaces: WorkspaceServices,
+    versions: Mapping[str, NodeVersions],
 ) -> Services:
     addresses = addresses_of(settings)
     people = build_people(
@@ -139,6 +147,14 @@ def _services(
         money=money,
         sandboxes=sandboxes,
         workspaces=workspaces,
+        templates=build_templates(
+            platform,
+            sandboxes=sandboxes,
+            nodes=versions,
+            uploads_dir=settings.home / "uploads",
+            upload_max=settings.builds.upload_mib * 2**20,
+            limits=build_limits_of(settings),
+        ),
         addresses=addresses,
     )
 
@@ -153,6 +169,7 @@ async def open_control(
     tunnel: NodeTunnel,
     volumes: Volumes,
     exports: Mapping[str, NodeExports] | None = None,
+    versions: Mapping[str, NodeVersions] | None = None,
     roster: Roster | None = None,
     bus: Bus,
     clock: Clock,
@@ -200,7 +217,7 @@ async def open_control(
             quota_bytes=settings.workspaces.quota_mib * 2**20,
             upload_max=settings.workspaces.upload_mib * 2**20,
         )
-        services = _services(settings, platform, reconciler, money, workspaces)
+        services = _services(settings, platform, reconciler, money, workspaces, versions or {})
         made = make_faces(
             services, platform, http=settings.http, metrics=metrics, version=version, more=faces
         )

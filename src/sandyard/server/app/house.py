@@ -109,6 +109,7 @@ async def open_house(
                 tunnel=node,
                 volumes=volumes,
                 exports={node.node_id: node},
+                versions={node.node_id: node},
                 bus=bus,
                 clock=clock,
                 metrics=metrics,

@@ -189,7 +189,7 @@ class Metrics:
                 self._machines.labels(node_id, state).set(tally[state])
             for shelf in one.report.shelves:
                 shape = (str(shelf.vcpus), str(shelf.memory_mib), str(shelf.disk_mib))
-                labels = (node_id, shelf.template, *shape)
+                labels = (node_id, shelf.template.partition("@")[0], *shape)
                 self._pool.labels(*labels).set(shelf.size)
                 self._pool_target.labels(*labels).set(shelf.target)
                 self._pool_failures.labels(*labels).set(shelf.failures)

@@ -207,6 +207,7 @@ async def serve_control(
             tasks.create_task(control.meter.run()),
             tasks.create_task(control.services.workspaces.run()),
             tasks.create_task(control.services.readiness.run()),
+            tasks.create_task(control.services.building.run()),
             *(tasks.create_task(one) for one in background),
         ]
         host, port = listener.getsockname()[:2]

@@ -526,6 +526,10 @@ class PlanSettings(Section):
     snapshots: int | None = Field(None, ge=0, description="Snapshots that are kept.")
     snapshot_gb: int | None = Field(None, ge=0, description="Of all that are kept.")
     test_snapshots: int | None = Field(2, ge=0, description="Of test keys' sandboxes.")
+    templates: int | None = Field(None, ge=0, description="Of the organization's own.")
+    template_versions: int | None = Field(None, ge=0, description="Of all its templates.")
+    template_gb: int | None = Field(None, ge=0, description="Of all versions together.")
+    builds: int | None = Field(2, ge=0, description="Queued or in progress at one time.")
 
 
 class WorkspaceSettings(Section):
@@ -552,6 +556,35 @@ class WorkspaceSettings(Section):
         "mounted workspace. 0: changes by others are visible at once. A higher value makes "
         "programs that handle many small files up to twice as fast. A file that is opened always "
         "has its current content.",
+    )
+
+
+class BuildSettings(Section):
+    """Builds of templates that users request."""
+
+    at_once: int = Field(
+        2, ge=1, le=100, description="How many builds a server carries out at one time."
+    )
+    limit_s: int = Field(
+        3600, ge=60, le=86_400, description="How long a build may take, in seconds."
+    )
+    log_kib: int = Field(2048, ge=16, le=65_536, description="The size limit of a log in KiB.")
+    size_mib: int = Field(
+        10_240, ge=16, le=2**20, description="The size limit of a template's files in MiB."
+    )
+    upload_mib: int = Field(
+        10_240, ge=1, le=2**20, description="The size limit of one upload in MiB."
+    )
+    vcpus: int = Field(
+        2, ge=1, le=64, description="The processors of the machine that unpacks images."
+    )
+    memory_mib: int = Field(2048, ge=512, le=2**20, description="Its memory in MiB.")
+    disk_mib: int = Field(
+        20_480,
+        ge=2048,
+        le=2**24,
+        description="Its disk in MiB, which limits what an image may unpack to: it holds the "
+        "image, its files, and the packed result.",
     )
 
 
@@ -693,6 +726,7 @@ class Settings(BaseSettings):
         "`test_snapshots`.",
     )
     workspaces: WorkspaceSettings = WorkspaceSettings()
+    builds: BuildSettings = BuildSettings()
     cluster: ClusterSettings = ClusterSettings()
     backup: BackupSettings = BackupSettings()
     log: LogSettings = LogSettings()

@@ -16,6 +16,7 @@ from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.money import Prices, micros_of
 from sandyard.server.core.plans import Plan
+from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.firecracker import FirecrackerDriver
@@ -31,7 +32,9 @@ from sandyard.server.node.host.paths import check_enterable
 from sandyard.server.node.images.build import Builder
 from sandyard.server.node.images.definitions import load_definitions
 from sandyard.server.node.images.images import Images
+from sandyard.server.node.images.versions import Versions
 from sandyard.server.service.addresses import Addresses, SshAddress
+from sandyard.server.service.builds.building import BuildLimits
 from sandyard.server.service.people.organizations import SignUp
 from sandyard.server.tasks import in_thread
 
@@ -48,6 +51,7 @@ def images_of(settings: Settings) -> Images:
         definitions=load_definitions(settings.templates_dir),
         images_dir=settings.images_dir,
         templates_dir=settings.home / "templates",
+        versions=Versions(settings.home / "versions"),
     )
 
 
@@ -92,7 +96,7 @@ async def check_home(settings: Settings) -> None:
 def machine_folders(settings: Settings) -> list[Path]:
     """Return the directories from which machines open files."""
     home = settings.home
-    return [home, settings.images_dir, *(home / one for one in ("machines", "kernels"))]
+    return [home, settings.images_dir, *(home / one for one in ("machines", "kernels", "versions"))]
 
 
 def drivers_of(settings: Settings) -> list[Driver]:
@@ -232,6 +236,18 @@ def sign_up_of(settings: Settings) -> SignUp:
 def plans_of(settings: Settings) -> Mapping[str, Plan]:
     """Return the plans by name."""
     return {name: Plan(**one.model_dump()) for name, one in settings.plans.items()}
+
+
+def build_limits_of(settings: Settings) -> BuildLimits:
+    """Return the limits of builds of templates."""
+    own = settings.builds
+    return BuildLimits(
+        at_once=own.at_once,
+        limit_s=own.limit_s,
+        log_bytes=own.log_kib * 1024,
+        size_max=own.size_mib * 2**20,
+        builder=Shape(own.vcpus, own.memory_mib, own.disk_mib),
+    )
 
 
 def prices_of(settings: Settings) -> Prices:

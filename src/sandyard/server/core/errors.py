@@ -15,7 +15,8 @@ SandyardError
 ├── ConflictError               the present status does not allow it
 │   ├── OvertakenError          a later request for the same sandbox came first
 │   ├── MachineDeadError        the sandbox's machine has ended
-│   └── ChangedError            it is not as the caller believed
+│   ├── ChangedError            it is not as the caller believed
+│   └── NotReadyError           what a template starts did not become ready
 ├── QuotaExceededError          credits do not suffice
 ├── PayloadTooLargeError        a stated size limit is passed
 ├── RateLimitedError            too many requests; wait
@@ -189,6 +190,10 @@ class ChangedError(ConflictError):
     """A condition of the request does not hold: the resource has changed, or exists already."""
 
     code = Code.PRECONDITION_FAILED
+
+
+class NotReadyError(ConflictError):
+    """A template's command `ready` did not succeed in time."""
 
 
 class QuotaExceededError(SandyardError):

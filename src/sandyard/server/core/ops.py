@@ -8,7 +8,7 @@ operation is refused.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, TypeVar, get_args
+from typing import Any, ClassVar, Final, Generic, TypeVar, get_args
 
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.wire import Request
@@ -47,6 +47,10 @@ class Op(StrEnum):
     LISTEN = "listen"
     TAKE = "take"
     STATS = "stats"
+
+
+DEFAULT: Final = ""
+"""In the place of a user or working directory: the template's own. Agents never see it."""
 
 
 class UnknownOperationError(CodecError):

@@ -14,6 +14,10 @@ LIMITS = {
     "snapshots": "snapshots",
     "snapshotGb": "snapshot_gb",
     "testSnapshots": "test_snapshots",
+    "templates": "templates",
+    "templateVersions": "template_versions",
+    "templateGb": "template_gb",
+    "builds": "builds",
 }
 """What can be limited, by the name that clients see."""
 
@@ -25,7 +29,8 @@ class Plan:
     `sandboxes`, `vcpus` and `memory_gb` bound what runs at one time, `disk_gb` all that is not
     deleted, `storage_gb` what is in workspaces, `test_sandboxes` those of test keys. `snapshots`
     and `snapshot_gb` bound the snapshots that are kept, and `test_snapshots` how many of them are
-    of test keys' sandboxes, which cost nothing.
+    of test keys' sandboxes, which cost nothing. `templates`, `template_versions` and `template_gb`
+    bound the organization's own templates, and `builds` those in progress.
     """
 
     requests_per_minute: int | None = None
@@ -38,6 +43,10 @@ class Plan:
     snapshots: int | None = None
     snapshot_gb: int | None = None
     test_snapshots: int | None = 2
+    templates: int | None = None
+    template_versions: int | None = None
+    template_gb: int | None = None
+    builds: int | None = 2
 
     def changed_by(self, limits: Mapping[str, int]) -> "Plan":
         """Return the plan with an organization's own limits in the place of its."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from typing import Literal
 
 from sandyard.server.core.shapes import NOTHING, Shape, ShapeSeconds
@@ -270,6 +271,129 @@ class Sandbox:
         """Its public keys, each with the id of the organization's key, or "" for a literal one."""
         ids = [*self.ssh_key_ids, *("" for _ in self.authorized_keys)]
         return list(zip(self.authorized_keys, ids, strict=False))
+
+
+@dataclass(frozen=True)
+class VersionAbout:
+    """What belongs to a version of a template that a user built, besides its files.
+
+    `env`, `user` and `workdir` are defaults for programs. `ready` is a command that ends with 0
+    once the machine can be saved as a golden one; `warmup` are commands that it runs before.
+    """
+
+    slug: str
+    os: str
+    kind: str
+    defaults: Shape
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    user: str = ""
+    workdir: str = ""
+    ready: str | None = None
+    warmup: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template that belongs to an organization. `tags` name versions by their numbers, and
+    `last_number` is that of the latest build, successful or not."""
+
+    org_id: str
+    slug: str
+    name: str
+    description: str
+    created_at: datetime
+    updated_at: datetime
+    tags: Mapping[str, int] = field(default_factory=dict)
+    last_number: int = 0
+
+
+@dataclass(frozen=True)
+class TemplateVersion:
+    """A version of a template: immutable, and the result of one build.
+
+    `digest` identifies its contents, `root` is the SHA-256 of its root file system, `source` what
+    it was built from, as exactly as it can be named. With `removed_at` it is deleted, and its bytes
+    are being removed.
+    """
+
+    org_id: str
+    slug: str
+    number: int
+    digest: str
+    root: str
+    size_bytes: int
+    about: VersionAbout
+    source: Mapping[str, object]
+    build_id: str
+    created_at: datetime
+    removed_at: datetime | None = None
+
+
+class BuildStatus(StrEnum):
+    """The status of a build."""
+
+    QUEUED = "queued"
+    BUILDING = "building"
+    READY = "ready"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ACTIVE_BUILDS = (BuildStatus.QUEUED, BuildStatus.BUILDING)
+"""The statuses of builds that require work."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build of a template's version with a `number`.
+
+    `plan` is what was requested, kept encrypted, and `by` who requested it, with their rights then.
+    An upload that it needs is on the server `server_id`, which alone can work on it. `sandbox_id`
+    is the sandbox that it uses now. `stages` are versions on nodes that only the build needs.
+    `lines` counts the lines of its log.
+    """
+
+    id: str
+    org_id: str
+    slug: str
+    number: int
+    owner_user_id: str
+    status: BuildStatus
+    created_at: datetime
+    plan: Mapping[str, object] = field(repr=False)
+    by: Mapping[str, object] = field(default_factory=dict, repr=False)
+    server_id: str | None = None
+    phase: str = ""
+    error: str | None = None
+    sandbox_id: str | None = None
+    stages: tuple[str, ...] = ()
+    is_cancelled: bool = False
+    lines: int = 0
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class BuildLine:
+    """A line of a build's log; `number` counts from 1."""
+
+    number: int
+    at: datetime
+    phase: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that was uploaded for a build; it is on the server `server_id`."""
+
+    id: str
+    org_id: str
+    owner_user_id: str
+    server_id: str
+    size_bytes: int
+    digest: str
+    created_at: datetime
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ SCOPES = frozenset(
         "org:read", "org:write", "org:members", "org:*",
         "agent:run", "agent:read", "agent:write", "agent:*",
         "workflow:*", "tool:*", "ssh-key:*", "activity:read",
+        "template:read", "template:write", "template:*",
         "admin:resources", "admin:*", "*",
     }
 )  # fmt: skip

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sandyard.server.core import wire
@@ -26,12 +26,18 @@ from sandyard.server.guest.table import Table
 from sandyard.server.guest.utmp import Utmp
 
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh")
+_TOOLS_SHELL = ("/run/sandyard/tools/usr/bin/busybox", "sh")
 _LOGIN_LIMIT_S = 5.0
 _CAPTURE_AGAIN_S, _CAPTURE_AGAIN_MAX_S = 60.0, 3600.0
 _SAMPLE_PERIOD_S = 5.0
 _SAMPLES = 13  # a minute of them
 _LEAST_S = 0.5
 """The shortest time to measure over: the kernel counts in ticks of 4 or 10 ms."""
+
+
+def shell_programs(shells: Sequence[str], *arguments: str) -> list[tuple[str, ...]]:
+    """Return the programs to try for a shell; the last one is ours, for images without any."""
+    return [*((shell, *arguments) for shell in shells), (*_TOOLS_SHELL, *arguments)]
 
 
 class Load:
@@ -147,7 +153,7 @@ class Context:
         prevent commands: the plain environment is used for a while."""
         spec = processes.Spec(
             name=SHELLS[0],
-            programs=[(shell, "-l", "-c", "exec env -0") for shell in SHELLS],
+            programs=shell_programs(SHELLS, "-l", "-c", "exec env -0"),
             env=plain,
             cwd="/",
             account=account,

@@ -76,7 +76,8 @@ class Spec:
 
     def words_of(self, program: Sequence[str]) -> list[str]:
         """Return the argument vector for a program."""
-        return [self.alias or program[0], *program[1:]]
+        name = self.alias if self.alias and len(program) == 1 else program[0]
+        return [name, *program[1:]]
 
 
 class Process:

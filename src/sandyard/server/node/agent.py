@@ -7,14 +7,15 @@ trusts them.
 
 import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from sandyard.server.core.codec import CodecError
+from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import Opened
+from sandyard.server.core.contracts.node import ByteStream, Opened
 from sandyard.server.core.errors import (
     AgentError,
     ConflictError,
@@ -26,6 +27,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.ops import (
     AnswerT,
     Execute,
+    FileEnd,
     Operation,
     answer_of,
     may_be_followed,
@@ -34,16 +36,19 @@ from sandyard.server.core.ops import (
 from sandyard.server.core.refusals import meaning_of
 from sandyard.server.core.wire import (
     Answer,
+    Channel,
     Decoder,
     LastFrame,
     Refusal,
     VersionError,
     WireError,
     encode_request,
+    printable,
 )
 
 _READ = 128 * 1024
 _GRACE_S = 5.0
+_STILL_S = 60.0
 _SPARE_S = 60.0  # well within the agent's limit for a first line
 Dial = Callable[[float], Awaitable[socket.socket]]
 
@@ -243,6 +248,34 @@ class AgentLink:
             if again and said.again and is_over and not stream.has_more and not stream.is_written:
                 held.pop_all()
                 self._keep(reader, writer)
+
+
+async def content_of(stream: ByteStream, clock: Clock) -> AsyncIterator[bytes]:
+    """Yield the content of a file after `core.ops.Read` was accepted.
+
+    Raises:
+        SandyardError: it could not be read completely; see `core.refusals`.
+        UnavailableError, ConflictError: the agent is silent, or the machine ended.
+        AgentError: the agent violated the protocol.
+    """
+    decoder = Decoder()
+    while True:
+        try:
+            async with clock.timeout(_STILL_S):
+                data = await stream.read(_READ)
+            decoder.feed(data or _broken_off())
+            while (frame := decoder.take_frame()) is not None:
+                if frame.channel is Channel.EXIT:
+                    end = decode(FileEnd, json.loads(frame.payload))
+                    if end.trouble is not None:
+                        raise meaning_of(end.trouble.error, printable(end.trouble.message[:600]))
+                    return
+                if frame.payload:
+                    yield frame.payload
+        except TimeoutError as error:
+            raise UnavailableError("the agent of the sandbox stopped responding") from error
+        except (WireError, CodecError, ValueError, RecursionError) as error:
+            raise AgentError from error
 
 
 async def run_command(link: AgentLink, command: str, *, limit_s: float, clock: Clock) -> int:

@@ -11,7 +11,8 @@ from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import AGENT_SOCKET
 from sandyard.server.node.exports.shares import Share
-from sandyard.server.node.images.images import ROOTS, Images, write_manifest
+from sandyard.server.node.images.image import ROOTS, write_manifest
+from sandyard.server.node.images.images import Images
 from sandyard.server.tasks import Crew
 
 _PLACES = 65536

@@ -18,7 +18,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.node.capacity import Capacity
-from sandyard.server.node.images.images import Image
+from sandyard.server.node.images.image import Image
 from sandyard.server.node.machines.adopt import DAMAGED
 from sandyard.server.node.machines.console import FailedConsoles
 from sandyard.server.node.machines.guest import Was

@@ -21,10 +21,13 @@ from sandyard.server.core.contracts.node import (
     SnapshotFact,
     TemplateFact,
     TemplateStatus,
+    VersionFact,
 )
 from sandyard.server.core.errors import ConflictError, NoCapacityError, SandyardError
-from sandyard.server.core.ops import AnswerT, Operation
+from sandyard.server.core.ops import AnswerT, Operation, Read
+from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
+from sandyard.server.node.agent import content_of
 from sandyard.server.node.capacity import Capacity
 from sandyard.server.node.generation import Generation
 from sandyard.server.node.host.admission import Admission, Margins
@@ -211,7 +214,10 @@ class Node:
                 if one.is_starting or one.phase is not None
             ),
             snapshots=tuple(self._snapshots.ids()),
-            templates=tuple(one.slug for one in images if one.status is TemplateStatus.READY),
+            templates=(
+                *(one.slug for one in images if one.status is TemplateStatus.READY),
+                *self._means.images.versions.names(),
+            ),
             missing=(*self._check.missing, *self._pressure.missing),
             is_short_of_memory=self._capacity.is_short_of_memory,
             memory_mib=room.memory_mib,
@@ -227,6 +233,38 @@ class Node:
     async def templates(self) -> tuple[TemplateFact, ...]:
         """See core.contracts.node.NodeControl.templates."""
         return self._means.images.facts()
+
+    # --- NodeVersions ---------------------------------------------------------------------
+
+    async def keep_version(
+        self, sandbox_id: str, *, incarnation: int, path: str, about: VersionAbout, size_max: int
+    ) -> VersionFact:
+        """See core.contracts.node.NodeVersions.keep_version."""
+        self._capacity.check_disk(Shape(1, 0, size_max >> 20))
+        machine = MachineRef(self._node_id, sandbox_id, incarnation)
+        async with self.open(machine, Read(path.encode())) as opened:
+            pieces = content_of(opened.stream, self._means.clock)
+            fact = await self._means.images.versions.keep(about, pieces, size_max=size_max)
+        self._means.on_change()
+        return fact
+
+    async def prepare_version(self, version: str) -> None:
+        """See core.contracts.node.NodeVersions.prepare_version."""
+        definition, image = self._means.images.get(version)
+        await self._goldens.make(self._goldens.kind_of(image, version, definition.defaults))
+
+    async def drop_version(self, version: str) -> None:
+        """See core.contracts.node.NodeVersions.drop_version."""
+        await in_thread(self._means.images.versions.drop, version)
+        await in_thread(self._goldens.forget_old)
+        await in_thread(self._drop_images)
+        self._means.on_change()
+
+    def _drop_images(self) -> None:
+        """Remove the images of versions that nothing here needs any more."""
+        needed = set(self._means.images.usable().values()) | self._snapshots.images()
+        needed |= {one.image for one in self._means.records.all()}
+        self._means.images.versions.drop_images(but=needed)
 
     # --- NodeExports ----------------------------------------------------------------------
 
@@ -332,6 +370,7 @@ class Node:
         means = self._means
         await in_thread(means.records.sweep)
         await in_thread(self._snapshots.sweep)
+        await in_thread(self._drop_images)
         found = await in_thread(means.records.all)
         for record in found:
             resident = await adopted(record, means)

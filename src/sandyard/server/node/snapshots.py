@@ -1,10 +1,11 @@
 """The snapshots that a node keeps: a folder for each, named by its id."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from sandyard.server.core.contracts.node import MachineWish, SnapshotFact
-from sandyard.server.core.errors import NotFoundError
+from sandyard.server.core.errors import NotFoundError, SandyardError
 from sandyard.server.core.ids import is_uuid
 from sandyard.server.node.machines import saved as saving
 from sandyard.server.node.machines.saved import SavedMachine, Seals
@@ -38,6 +39,14 @@ class KeptSnapshots:
         saved = self._load(snapshot_id)
         about = saved.about
         return SnapshotFact(snapshot_id, saved.size_bytes, about.template, about.os, about.shape)
+
+    def images(self) -> set[str]:
+        """Return the digests of the images that snapshots need."""
+        found = set()
+        for snapshot_id in self.ids():
+            with suppress(SandyardError):
+                found.add(self._load(snapshot_id).about.image)
+        return found
 
     async def checked(self, wish: MachineWish) -> SavedMachine:
         """Return the snapshot that a request names.

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.service.addresses import Addresses
+from sandyard.server.service.builds.build import TemplateServices
+from sandyard.server.service.builds.building import Building
+from sandyard.server.service.builds.builds import Builds
+from sandyard.server.service.builds.uploads import Uploads
 from sandyard.server.service.feed import Feed
 from sandyard.server.service.money.billing import Billing
 from sandyard.server.service.money.build import Money
@@ -30,7 +34,7 @@ from sandyard.server.service.sandboxes.processes import Processes
 from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.sandboxes.terminals import Terminals
-from sandyard.server.service.templates import Templates
+from sandyard.server.service.templates.templates import Templates
 from sandyard.server.service.workspaces.build import WorkspaceServices
 from sandyard.server.service.workspaces.files import WorkspaceFiles
 from sandyard.server.service.workspaces.workspaces import Workspaces
@@ -64,6 +68,9 @@ class Services:
     desktops: Desktops
     snapshots: Snapshots
     templates: Templates
+    builds: Builds
+    uploads: Uploads
+    building: Building
     workspaces: Workspaces
     workspace_files: WorkspaceFiles
     readiness: Readiness
@@ -76,6 +83,7 @@ def gather(
     money: Money,
     sandboxes: SandboxServices,
     workspaces: WorkspaceServices,
+    templates: TemplateServices,
     addresses: Addresses,
 ) -> Services:
     """Return the services of all folders as faces see them."""
@@ -106,6 +114,9 @@ def gather(
         desktops=sandboxes.desktops,
         snapshots=sandboxes.snapshots,
         templates=platform.templates,
+        builds=templates.builds,
+        uploads=templates.uploads,
+        building=templates.building,
         workspaces=workspaces.workspaces,
         workspace_files=workspaces.files,
         readiness=Readiness(platform.store, platform.nodes, platform.clock),

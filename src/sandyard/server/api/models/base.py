@@ -111,6 +111,11 @@ Cwd = Annotated[
         description="The working directory; a relative one is below /workspace.",
     ),
 ]
+DEFAULT_CWD: Final = (
+    "The working directory; a relative one is below /workspace. Default: the template's, else "
+    "/workspace."
+)
+DEFAULT_USER: Final = "A name or a number. Default: the template's, else root."
 MakeCwd = Annotated[bool, Field(description="Make the working directory, if it is not there.")]
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from sandyard.server.api.models.base import (
+    DEFAULT_CWD,
+    DEFAULT_USER,
     NOT_BLANK,
     Body,
     Cwd,
@@ -45,7 +47,7 @@ class Exec(Body):
         description="Milliseconds from the start of the command, 1 to 3600000.",
         json_schema_extra={"minimum": 1, "maximum": 3_600_000},
     )
-    cwd: Cwd = "/workspace"
+    cwd: Cwd | None = Field(None, description=DEFAULT_CWD)
     make_cwd: MakeCwd = False
     env: Env = {}
     stdin: str | None = Field(
@@ -54,7 +56,7 @@ class Exec(Body):
     stdin_encoding: Literal["utf8", "utf-8", "base64"] = Field(
         "utf8", description="How `stdin` is written: as text, or bytes in base64."
     )
-    user: UserName = "root"
+    user: UserName | None = Field(None, description=DEFAULT_USER)
     encoding: Literal["utf8", "utf-8", "base64"] = Field(
         "utf-8", description="How output is given: as text, or exactly in base64."
     )

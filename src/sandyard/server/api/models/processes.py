@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sandyard.server.api.models.base import (
+    DEFAULT_CWD,
+    DEFAULT_USER,
     NOT_BLANK,
     Body,
     Cwd,
@@ -62,10 +64,10 @@ class StartProcess(Body):
         json_schema_extra={"minItems": 1, "maxItems": 1024, "prefixItems": [{"minLength": 1}]},
         description="Instead of a command: a program, looked for in PATH, and its arguments.",
     )
-    cwd: Cwd = "/workspace"
+    cwd: Cwd | None = Field(None, description=DEFAULT_CWD)
     make_cwd: MakeCwd = False
     env: Env = {}
-    user: UserName = "root"
+    user: UserName | None = Field(None, description=DEFAULT_USER)
     tag: str | None = Field(
         None,
         description="A name to find it by, 1 to 64 characters, not all of them digits.",

@@ -51,7 +51,11 @@ class MountIn(Body):
 class CreateSandbox(Body):
     """The body of a create. `{}` is enough."""
 
-    template: str = Field("base-ubuntu", max_length=64)
+    template: str = Field(
+        "base-ubuntu",
+        max_length=200,
+        description="A slug; or, of the organization's own, also `slug:tag` or `slug@digest`.",
+    )
     name: Name | None = None
     tags: Tags = []
     mounts: list[MountIn] = Field(
@@ -154,6 +158,9 @@ class SandboxOut(Model):
     status: Status
     tags: list[str]
     template: str
+    template_digest: str | None = Field(
+        description="The version of a template of the organization; null for others."
+    )
     owner_user_id: str
     owner_display_name: str
     owner_email: str
@@ -200,9 +207,12 @@ def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
     """Return a sandbox as an actor may see it; fields of one name mean the same."""
     has_key, has_password = bool(sandbox.authorized_keys), sandbox.root_password_hash is not None
     reason, shape = sandbox.reason, sandbox.shape
+    slug, _, digest = sandbox.template.partition("@")
     has_desktop = sandbox.template in where.desktops
     shown = {name: getattr(sandbox, name) for name in _SHOWN_AS_THEY_ARE}
     shown |= {
+        "template": slug,
+        "template_digest": digest or None,
         "tags": list(sandbox.tags),
         "metadata": dict(sandbox.metadata),
         "mounts": [vars(one) for one in sandbox.mounts],

@@ -55,7 +55,7 @@ def snapshot_out(snapshot: Snapshot) -> SnapshotOut:
         name=snapshot.name,
         sandbox_id=snapshot.sandbox_id,
         status="ready" if snapshot.is_ready else "creating",
-        template=snapshot.template,
+        template=snapshot.template.partition("@")[0],
         os=snapshot.os,
         resources=ResourcesOut(
             vcpus=snapshot.shape.vcpus,

@@ -13,10 +13,9 @@ router = APIRouter(include_in_schema=False)
 Anyone = Annotated[Actor, Depends(Scope(None))]
 
 _PLANNED = {
-    "templates of one's own": [
-        ("POST", "/v1/templates"),
-        ("DELETE", "/v1/templates/{slug}"),
-        ("GET", "/v1/templates/{slug}/logs"),
+    "credentials for registries": [
+        ("GET POST", "/v1/registry-credentials"),
+        ("DELETE", "/v1/registry-credentials/{id}"),
     ],
 }
 

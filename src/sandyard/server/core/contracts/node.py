@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Generic, Protocol
 
 from sandyard.server.core.ops import AnswerT, Operation
+from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
 
 
@@ -161,6 +162,22 @@ class TemplateFact:
     size_bytes: int | None = None
     created_at: datetime | None = None
     error: str | None = None
+    is_hidden: bool = False
+
+
+@dataclass(frozen=True)
+class VersionFact:
+    """A version of a template on a node: its name (`version_name`), the SHA-256 of its root file
+    system, and the size of that."""
+
+    name: str
+    root: str
+    size_bytes: int
+
+
+def version_name(slug: str, digest: str) -> str:
+    """Return the name of a version on nodes, in the place of a shipped template's slug."""
+    return f"{slug}@{digest}"
 
 
 @dataclass(frozen=True)
@@ -355,6 +372,40 @@ class NodeExports(Protocol):
         Raises:
             UnavailableError: not now; retry.
         """
+        ...
+
+
+class NodeVersions(Protocol):
+    """The versions of users' templates on a node. All methods may be repeated."""
+
+    async def keep_version(
+        self, sandbox_id: str, *, incarnation: int, path: str, about: VersionAbout, size_max: int
+    ) -> VersionFact:
+        """Keep a file in a sandbox, a root file system, as a version.
+
+        Raises:
+            NotFoundError: the node has no such machine, or the machine no such file.
+            InvalidArgumentError: it has more than `size_max` bytes, or is no file system.
+            NoCapacityError: the node has no space for it.
+            ConflictError: the machine does not run.
+        """
+        ...
+
+    async def prepare_version(self, version: str) -> None:
+        """Return once there is a golden machine of a version with its default shape, if the node
+        makes any.
+
+        Raises:
+            NotFoundError: the node does not have the version.
+            NotReadyError: its command `ready` did not end with 0 in time.
+            UnavailableError: not now; retry.
+            InternalError: it does not boot; the message says why.
+        """
+        ...
+
+    async def drop_version(self, version: str) -> None:
+        """Remove a version. Machines, snapshots and golden machines that exist keep what they
+        need."""
         ...
 
 

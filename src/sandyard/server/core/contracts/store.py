@@ -13,6 +13,8 @@ from sandyard.server.core.records import (
     ActivityQuery,
     ApiKey,
     AutoTopup,
+    Build,
+    BuildLine,
     Claim,
     InUse,
     JoinedNode,
@@ -35,7 +37,10 @@ from sandyard.server.core.records import (
     SshKey,
     Standing,
     StoragePeriod,
+    Template,
+    TemplateVersion,
     Ticket,
+    Upload,
     UsagePeriod,
     User,
     Workspace,
@@ -838,6 +843,126 @@ class SnapshotRows(Protocol):
         ...
 
 
+class TemplateRows(Protocol):
+    """The templates of organizations."""
+
+    async def put(self, template: Template) -> None:
+        """Add a template, or replace the one with its slug."""
+        ...
+
+    async def find(self, org_id: str, slug: str) -> Template | None:
+        """Return an organization's template."""
+        ...
+
+    async def of(self, org_id: str) -> list[Template]:
+        """Return an organization's templates by slug."""
+        ...
+
+    async def remove(self, org_id: str, slug: str, *, at: datetime) -> bool:
+        """Remove a template and mark all its versions as removed; False if there is none."""
+        ...
+
+
+class VersionRows(Protocol):
+    """The versions of templates. Removed ones are only in `removed`."""
+
+    async def add(self, version: TemplateVersion) -> None:
+        """Add a version."""
+        ...
+
+    async def of(self, org_id: str, slug: str) -> list[TemplateVersion]:
+        """Return the versions of a template, newest first."""
+        ...
+
+    async def kept(self, org_id: str) -> Kept:
+        """Return how many versions an organization has, and their total size."""
+        ...
+
+    async def remove(self, version: TemplateVersion, *, at: datetime) -> bool:
+        """Mark a version as removed; False if it is already."""
+        ...
+
+    async def removed(self) -> list[TemplateVersion]:
+        """Return the removed versions whose bytes may still be on nodes."""
+        ...
+
+    async def is_kept(self, version: TemplateVersion) -> bool:
+        """Tell whether a version that is not removed has the same slug and digest."""
+        ...
+
+    async def forget(self, version: TemplateVersion) -> None:
+        """Forget a removed version: nothing of it is left."""
+        ...
+
+
+class BuildRows(Protocol):
+    """Builds, and their logs."""
+
+    async def add(self, build: Build) -> None:
+        """Add a build."""
+        ...
+
+    async def find(self, org_id: str, build_id: str) -> Build | None:
+        """Return an organization's build."""
+        ...
+
+    async def page(self, org_id: str, slug: str, *, limit: int) -> list[Build]:
+        """Return the latest builds of a template, newest first."""
+        ...
+
+    async def active(self, org_id: str) -> int:
+        """Return how many builds of an organization are queued or in progress."""
+        ...
+
+    async def claim(self, server_id: str, *, lease: str, lasts: timedelta) -> Build | None:
+        """Take the lease of the oldest build that nobody works on and that this server can work
+        on; None if there is none."""
+        ...
+
+    async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:
+        """Write a build except `is_cancelled`, and keep the lease, or give it up for None.
+
+        Return the build as it is now; None, with nothing written, if the lease was lost.
+        """
+        ...
+
+    async def cancel(self, org_id: str, build_id: str) -> bool:
+        """Request that a build is cancelled; False if it has ended, or is not there."""
+        ...
+
+    async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:
+        """Add lines to a log."""
+        ...
+
+    async def read(self, build_id: str, *, after: int, limit: int) -> list[BuildLine]:
+        """Return the lines of a log after a number."""
+        ...
+
+
+class UploadRows(Protocol):
+    """Files that were uploaded for builds."""
+
+    async def add(self, upload: Upload) -> None:
+        """Add an upload."""
+        ...
+
+    async def find(self, org_id: str, upload_id: str) -> Upload | None:
+        """Return an organization's upload."""
+        ...
+
+    async def kept(self, org_id: str) -> Kept:
+        """Return how many uploads an organization has, and their total size."""
+        ...
+
+    async def old(self, server_id: str, *, before: datetime) -> list[Upload]:
+        """Return the uploads on a server from before a time."""
+        ...
+
+    async def remove(self, upload_id: str) -> None:
+        """Remove an upload."""
+        ...
+
+
 class RequestRows(Protocol):
     """Stored results of requests with an idempotency key."""
 
@@ -989,6 +1114,26 @@ class Transaction(Protocol):
     @property
     def snapshots(self) -> SnapshotRows:
         """Snapshots."""
+        ...
+
+    @property
+    def templates(self) -> TemplateRows:
+        """The templates of organizations."""
+        ...
+
+    @property
+    def versions(self) -> VersionRows:
+        """The versions of templates."""
+        ...
+
+    @property
+    def builds(self) -> BuildRows:
+        """Builds of templates."""
+        ...
+
+    @property
+    def uploads(self) -> UploadRows:
+        """Uploads for builds."""
         ...
 
     @property

@@ -17,7 +17,7 @@ from functools import partial
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
 from sandyard.server.guest import processes, system
-from sandyard.server.guest.context import SHELLS, Context
+from sandyard.server.guest.context import SHELLS, Context, shell_programs
 from sandyard.server.guest.plain import is_plain, words_of
 from sandyard.server.guest.streams import answer, receive
 from sandyard.server.guest.system import ConflictingError, NoProcessError, RefusedError
@@ -195,7 +195,7 @@ async def _pipe(
         connection.setblocking(True)
         spec = processes.Spec(
             name=shells[0],
-            programs=[(shell, "-c", wish.command) for shell in shells],
+            programs=shell_programs(shells, "-c", wish.command),
             env=env,
             cwd=_home_of(context, account),
             account=account,
@@ -244,7 +244,7 @@ def _programs_of(
     """Return the programs to try, the script to read, and the name for messages."""
     shells = (account.shell, *SHELLS) if wish.login else SHELLS
     if _is_login_shell(wish):
-        return [(shell,) for shell in shells], None, shells[0]
+        return shell_programs(shells), None, shells[0]
     if wish.command is not None:
         command, script = wish.command, None
         if len(os.fsencode(command)) > _ARGUMENT_MAX:
@@ -253,7 +253,7 @@ def _programs_of(
                 f'eval "exec {_FD}<&-; $(/bin/cat <&{_FD} || echo exit 127)"',
                 os.fsencode(command),
             )
-        return [(shell, "-c", command) for shell in shells], script, shells[0]
+        return shell_programs(shells, "-c", command), script, shells[0]
     name, *rest = wish.argv
     if any("\0" in one for one in wish.argv) or not name:
         raise RefusedError("cannot start a process: its argv has a word that cannot be one")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, get_type_hints
 
 from sandyard.server.core.codec import CodecError, decode, encode
-from sandyard.server.core.contracts.node import NodeControl, NodeExports
+from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeVersions
 from sandyard.server.core.errors import InternalError, SandyardError, error_of, kind_of
 
 TEXT_MAX: Final = 2000
@@ -79,6 +79,9 @@ ASKS: Final[Mapping[str, NodeMethod]] = {
         _ask(NodeControl, "ensure_snapshot"),
         _ask(NodeControl, "drop_snapshot"),
         _ask(NodeExports, "withdraw"),
+        _ask(NodeVersions, "keep_version"),
+        _ask(NodeVersions, "prepare_version"),
+        _ask(NodeVersions, "drop_version"),
         _ask(NodeControl, "find_snapshot", is_wish=False),
         _ask(NodeControl, "find_room", is_wish=False),
         _ask(NodeControl, "console", is_wish=False),

@@ -13,9 +13,11 @@ from sandyard.server.core.contracts.node import (
     NodeReport,
     SnapshotFact,
     TemplateFact,
+    VersionFact,
 )
 from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
 from sandyard.server.core.ids import new_secret
+from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
 from sandyard.server.links.nats.asks import ASKS, SILENCE_S, failed
 from sandyard.server.links.nats.link import Link, NatsMessage
@@ -53,7 +55,8 @@ class Inbox:
 
 
 class RemoteNode:
-    """See NodeControl and NodeExports in core.contracts.node: the one that listens as `node_id`.
+    """See NodeControl, NodeExports and NodeVersions in core.contracts.node: the one that listens as
+    `node_id`.
 
     Raises, by any method: UnavailableError if NATS or the node does not answer; whether anything
     was done then nobody knows.
@@ -132,6 +135,28 @@ class RemoteNode:
     async def withdraw(self, workspace_id: str) -> None:
         """See core.contracts.node.NodeExports.withdraw."""
         await self._ask("withdraw", workspace_id=workspace_id)
+
+    async def keep_version(
+        self, sandbox_id: str, *, incarnation: int, path: str, about: VersionAbout, size_max: int
+    ) -> VersionFact:
+        """See core.contracts.node.NodeVersions.keep_version."""
+        fact: VersionFact = await self._ask(
+            "keep_version",
+            sandbox_id=sandbox_id,
+            incarnation=incarnation,
+            path=path,
+            about=about,
+            size_max=size_max,
+        )
+        return fact
+
+    async def prepare_version(self, version: str) -> None:
+        """See core.contracts.node.NodeVersions.prepare_version."""
+        await self._ask("prepare_version", version=version)
+
+    async def drop_version(self, version: str) -> None:
+        """See core.contracts.node.NodeVersions.drop_version."""
+        await self._ask("drop_version", version=version)
 
     async def _ask(self, name: str, **args: object) -> Any:
         ask = ASKS[name]

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
 from sandyard.server.core.codec import CodecError, encode
-from sandyard.server.core.contracts.node import NodeControl, NodeExports
+from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeVersions
 from sandyard.server.core.errors import (
     InternalError,
     OtherVersionError,
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _AT_ONCE_MAX = 2000
 
 
-class WholeNode(NodeControl, NodeExports, Protocol):
+class WholeNode(NodeControl, NodeExports, NodeVersions, Protocol):
     """Everything that a control plane may request from a node over NATS."""
 
 

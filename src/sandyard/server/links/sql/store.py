@@ -88,6 +88,12 @@ from sandyard.server.links.sql.rows import (
 )
 from sandyard.server.links.sql.seal import Seal
 from sandyard.server.links.sql.tables import HOLDS, NOW, microseconds
+from sandyard.server.links.sql.template_rows import (
+    BuildTable,
+    TemplateTable,
+    UploadTable,
+    VersionTable,
+)
 from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
@@ -174,6 +180,10 @@ class SqlTransaction:
         self.prices = PriceTable(connection)
         self.duties = DutyTable(connection)
         self.snapshots = SnapshotTable(connection)
+        self.templates = TemplateTable(connection)
+        self.versions = VersionTable(connection, seal)
+        self.builds = BuildTable(connection, seal)
+        self.uploads = UploadTable(connection)
         self.requests = RequestTable(connection)
         self.tickets = TicketTable(connection)
 

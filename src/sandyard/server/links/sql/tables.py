@@ -652,6 +652,102 @@ duties = Table(
 )
 
 
+# Templates of organizations. `tags` names versions by their numbers.
+templates = Table(
+    "templates",
+    metadata,
+    Column("org_id", ForeignKey("organizations.id"), primary_key=True),
+    Column("slug", String(63), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("description", Text, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+    Column("tags", JSON, nullable=False),
+    Column("last_number", Integer, nullable=False),
+)
+
+# `number` of a deleted version is never given again while any of its template are kept.
+template_versions = Table(
+    "template_versions",
+    metadata,
+    Column("build_id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("slug", String(63), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("root", String(64), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("about_sealed", Text, nullable=False),
+    Column("source", JSON, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("removed_at", Moment),
+    Index("ix_template_versions_slug", "org_id", "slug", "number"),
+    Index(
+        "ix_template_versions_removed",
+        "removed_at",
+        sqlite_where=text("removed_at IS NOT NULL"),
+        postgresql_where=text("removed_at IS NOT NULL"),
+    ),
+)
+
+builds = Table(
+    "builds",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("slug", String(63), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("owner_user_id", ForeignKey("users.id"), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("plan_sealed", Text, nullable=False),
+    Column("by", JSON, nullable=False),
+    Column("server_id", String(36)),
+    Column("phase", Text, nullable=False),
+    Column("error", Text),
+    Column("sandbox_id", String(20)),
+    Column("stages", JSON, nullable=False),
+    Column("is_cancelled", Boolean, nullable=False),
+    Column("lines", Integer, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("started_at", Moment),
+    Column("ended_at", Moment),
+    Column("lease_token", Text),
+    Column("lease_until", Moment),
+    Index("ix_builds_slug", "org_id", "slug", "created_at", "id"),
+    Index(
+        "ix_builds_active",
+        "org_id",
+        sqlite_where=text("ended_at IS NULL"),
+        postgresql_where=text("ended_at IS NULL"),
+    ),
+)
+
+build_lines = Table(
+    "build_lines",
+    metadata,
+    Column("build_id", String(36), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("at", Moment, nullable=False),
+    Column("phase", Text, nullable=False),
+    Column("text", Text, nullable=False),
+)
+
+# Files that were uploaded for builds; each is on one server.
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("owner_user_id", ForeignKey("users.id"), nullable=False),
+    Column("server_id", String(36), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Index("ix_uploads_org", "org_id"),
+    Index("ix_uploads_server", "server_id", "created_at"),
+)
+
+
 def is_any_of(statuses: Iterable[Status]) -> ColumnElement[bool]:
     """Return the condition for sandboxes with these statuses, which are literals in it."""
     return sandboxes.c.status.in_([literal_column(f"'{status.value}'") for status in statuses])

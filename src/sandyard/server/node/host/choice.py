@@ -20,7 +20,7 @@ from typing import NamedTuple
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.drivers.contract import Driver, ProbeSpec, SavingDriver, Verdict
 from sandyard.server.drivers.kvm import NO_KVM
-from sandyard.server.node.images.images import Image
+from sandyard.server.node.images.image import Image
 
 log = logging.getLogger(__name__)
 

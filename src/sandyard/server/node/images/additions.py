@@ -30,8 +30,8 @@ def pack_tools(target: Path) -> None:
         entry = f"{_AGENT.removesuffix('/sandyard')}/__main__.py"
         _file(archive, entry, b"import sandyard.server.guest.__main__\n")
         _file(archive, f"{_OURS}/inittab", (_FILES / "inittab").read_bytes())
-        loading = (_FILES / "load-modules").read_bytes()
-        _file(archive, f"{_OURS}/load-modules", loading, 0o755)
+        for name in ("load-modules", "run-command"):
+            _file(archive, f"{_OURS}/{name}", (_FILES / name).read_bytes(), 0o755)
 
 
 def pack_template(

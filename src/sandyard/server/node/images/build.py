@@ -39,21 +39,22 @@ from sandyard.server.node.images.definitions import (
     Source,
     arguments_for,
 )
-from sandyard.server.node.images.images import ROOTS, Image, Images, write_manifest
+from sandyard.server.node.images.image import ROOTS, Image, write_manifest
+from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.inside import OUT, TOOLS, TREE
 from sandyard.server.node.images.kernel import OwnKernel, own_kernel, refuse_lacking
 from sandyard.server.tasks import in_thread
 
 # Grows when this file starts to build something else from the same definition.
 _PACKAGES_RECIPE = "7"
-_TOOLS_RECIPE = "1"
-_IMAGE_RECIPE = "10"
+_TOOLS_RECIPE = "2"
+_IMAGE_RECIPE = "11"
 _PACKAGES_LIMIT_S = 1800.0
 _STEP_LIMIT_S = 600.0
 _REACH_LIMIT_S = 30.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
-_TOOLS_PACKAGES = ("busybox-static", "python3")
+_TOOLS_PACKAGES = ("busybox-static", "erofs-utils", "python3")
 # What the packages of every installed system provide: folders, and the links that programs find
 # their loader by. Packages of older releases have files under them.
 _BEFORE_TOOLS = """

@@ -2,7 +2,8 @@
 
 import re
 import tomllib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -60,6 +61,12 @@ class Definition:
     start: str | None
     warmup: tuple[str, ...]
     digest: str
+    is_hidden: bool = False
+    """Whether it is for the platform's own use alone."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """The environment of every program, unless the sandbox's own says otherwise."""
+    ready: str | None = None
+    """A command that ends with 0 once what was started can be used."""
     kernel: Path | None = None
     """A kernel instead of the distribution's."""
     kernel_modules: Path | None = None
@@ -122,7 +129,7 @@ def _merged(extended: dict[str, object], own: dict[str, object]) -> dict[str, ob
 
 def _parse(data: dict[str, object], digest: str, folder: Path) -> Definition:
     known = {"slug", "name", "description", "kind", "defaults", "sources", "packages", "runtimes"}
-    known |= {"steps", "start", "warmup", "kernel", "kernel_modules", "kernel_arguments"}
+    known |= {"steps", "start", "warmup", "hidden", "kernel", "kernel_modules", "kernel_arguments"}
     if unknown := set(data) - known:
         raise ValueError(f"unknown keys: {', '.join(sorted(unknown))}")
     slug, kind = _text(data, "slug"), _text(data, "kind")
@@ -157,6 +164,7 @@ def _parse(data: dict[str, object], digest: str, folder: Path) -> Definition:
         start=_script(data),
         warmup=_texts(data, "warmup") if "warmup" in data else (),
         digest=digest,
+        is_hidden=_flag(data, "hidden"),
         kernel=folder / _text(data, "kernel") if "kernel" in data else None,
         kernel_modules=(
             folder / _text(data, "kernel_modules") if "kernel_modules" in data else None
@@ -243,6 +251,13 @@ def _number(data: dict[str, object], key: str) -> int:
     value = data[key]
     if not isinstance(value, int):
         raise TypeError(f"{key} is not a whole number")
+    return value
+
+
+def _flag(data: dict[str, object], key: str) -> bool:
+    value = data.get(key, False)
+    if not isinstance(value, bool):
+        raise TypeError(f"{key} is not true or false")
     return value
 
 

@@ -2,6 +2,7 @@
 
     images/<digest>/    tools.erofs, root.erofs, vmlinuz, initrd, manifest.json: never changed
     templates/<slug>.json                           the image in use, the last error
+    versions/…                                      what users built: see `versions`
 
 An image is made in a folder of another name and renamed when it is complete, so whatever has a
 digest for a name is whole.
@@ -9,69 +10,33 @@ digest for a name is whole.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sandyard.server.core.contracts.node import TemplateFact, TemplateStatus
 from sandyard.server.core.errors import NotFoundError, UnavailableError
 from sandyard.server.node.images.definitions import Definition
+from sandyard.server.node.images.image import ROOTS, Image, read_image
+from sandyard.server.node.images.versions import Versions
 
-ROOTS = ("tools.erofs", "root.erofs")
-
-
-@dataclass(frozen=True)
-class Image:
-    """A bootable image: read-only, and shared by all its machines."""
-
-    digest: str
-    folder: Path
-    os: str
-    size_bytes: int
-    created_at: datetime
-    inputs: Mapping[str, str]
-    has_acpi: bool = True
-    """Whether its kernel finds devices by ACPI."""
-
-    @property
-    def arguments(self) -> str:
-        """The kernel arguments in addition to those of every machine."""
-        return self.inputs.get("kernelArguments", "")
-
-    @property
-    def has_own_kernel(self) -> bool:
-        """Whether its kernel is an operator's instead of its distribution's."""
-        return bool(self.inputs.get("kernel"))
-
-    @property
-    def roots(self) -> tuple[Path, ...]:
-        """The read-only disks, in their order: our tools, and the template's root file system. An
-        image of an earlier version has both in one."""
-        together = self.folder / "base.ext4"
-        if together.exists():
-            return (together,)
-        return tuple(self.folder / name for name in ROOTS)
-
-    @property
-    def kernel(self) -> Path:
-        """The kernel: a bzImage, or an ELF file."""
-        return self.folder / "vmlinuz"
-
-    @property
-    def initrd(self) -> Path:
-        """The initramfs."""
-        return self.folder / "initrd"
+RUNTIMES = ("builder", "base-minimal", "base-ubuntu")
+"""The templates, best first, whose kernel and tools the versions of users' templates boot with."""
 
 
 class Images:
     """The images of an installation. `images_dir` may be shared between installations."""
 
     def __init__(
-        self, *, definitions: Mapping[str, Definition], images_dir: Path, templates_dir: Path
+        self,
+        *,
+        definitions: Mapping[str, Definition],
+        images_dir: Path,
+        templates_dir: Path,
+        versions: Versions,
     ) -> None:
         self.definitions = definitions
         self.images_dir = images_dir
+        self.versions = versions
         self._templates_dir = templates_dir
         self._read: dict[Path, tuple[tuple[int, ...], Any]] = {}
 
@@ -82,38 +47,51 @@ class Images:
             NotFoundError: no such template.
             UnavailableError: it has not been built.
         """
-        definition = self.definitions.get(slug)
+        definition = self.definition(slug)
         if definition is None:
             known = ", ".join(sorted(self.definitions))
             raise NotFoundError(f"cannot use the template {slug}: known are {known}")
-        image = self.find(str(self._state(slug).get("digest", "")))
+        image = self.current(slug)
         if image is None:
             raise UnavailableError(
                 f"cannot use the template {slug}: it has not been built yet; "
-                f"run `sandyard template build {slug}` on the host"
+                f"run `sandyard template build {slug if slug in self.definitions else RUNTIMES[0]}`"
+                " on the host"
             )
         return definition, image
 
-    def current(self, slug: str) -> Image | None:
-        """Return the current image of a template, if it has been built."""
-        return self.find(str(self._state(slug).get("digest", "")))
+    def definition(self, name: str) -> Definition | None:
+        """Return the definition of a template, or of a version of one that a user built."""
+        return self.versions.definition(name) if "@" in name else self.definitions.get(name)
+
+    def current(self, name: str) -> Image | None:
+        """Return the current image of a template if it has been built, or of a version."""
+        if "@" not in name:
+            return self.find(str(self._state(name).get("digest", "")))
+        runtime = self._runtime()
+        return None if runtime is None else self.versions.image(name, runtime, self._load)
+
+    def _runtime(self) -> Image | None:
+        """Return the image whose kernel and tools versions boot with."""
+        for slug in (*RUNTIMES, *self.definitions):
+            image = self.current(slug)
+            if image is not None and len(image.roots) == len(ROOTS):
+                return image
+        return None
 
     def find(self, digest: str) -> Image | None:
         """Return the image with this digest if it exists and is complete."""
-        folder = self.images_dir / digest
-        try:
-            manifest = self._load(folder / "manifest.json")
-        except OSError:
-            return None
-        return Image(
-            digest=digest,
-            folder=folder,
-            os=manifest["os"],
-            size_bytes=manifest["sizeBytes"],
-            created_at=datetime.fromisoformat(manifest["createdAt"]),
-            inputs=manifest["inputs"],
-            has_acpi=manifest.get("hasAcpi", True),
-        )
+        for folder in (self.images_dir, self.versions.images_dir):
+            found = read_image(folder / digest, self._load)
+            if found is not None:
+                return found
+        return None
+
+    def usable(self) -> dict[str, str]:
+        """Return the names of all templates and versions that can be used, with their images'
+        digests."""
+        found = {name: self.current(name) for name in (*self.definitions, *self.versions.names())}
+        return {name: image.digest for name, image in found.items() if image is not None}
 
     def use(self, slug: str, digest: str) -> None:
         """Make an image the current one of a template."""
@@ -153,6 +131,7 @@ class Images:
             size_bytes=image.size_bytes if image else None,
             created_at=image.created_at if image else None,
             error=str(error) if error else None,
+            is_hidden=definition.is_hidden,
         )
 
     def _state(self, slug: str) -> dict[str, object]:
@@ -177,24 +156,6 @@ class Images:
         part = self._templates_dir / f"{slug}.json.part"
         part.write_text(json.dumps(state))
         part.replace(self._templates_dir / f"{slug}.json")
-
-
-def write_manifest(
-    folder: Path, *, os: str, size_bytes: int, inputs: Mapping[str, str], has_acpi: bool = True
-) -> None:
-    """Write the manifest that makes a folder an image."""
-    (folder / "manifest.json").write_text(
-        json.dumps(
-            {
-                "os": os,
-                "sizeBytes": size_bytes,
-                "createdAt": datetime.now(UTC).isoformat(),
-                "inputs": dict(inputs),
-                "hasAcpi": has_acpi,
-            },
-            indent=1,
-        )
-    )
 
 
 def _is_alive(pid: object) -> bool:

@@ -16,7 +16,7 @@ from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.exports.shares import Share, new_share
 from sandyard.server.node.host.admission import promise_of
 from sandyard.server.node.host.ledger import Promise
-from sandyard.server.node.images.images import Image
+from sandyard.server.node.images.image import Image
 from sandyard.server.node.machines.body import Body
 from sandyard.server.node.machines.current import CurrentRecord
 from sandyard.server.node.machines.guest import WAKE_LIMIT_S, Guest, Was
@@ -174,6 +174,9 @@ class Resident:
         mount workspaces. See `Guest.set_up` and `Exports.grant`."""
         if limit_s is None:
             limit_s = self._means.patience(WAKE_LIMIT_S)
+        definition = self._means.images.definition(wish.template)
+        if definition is not None and definition.env:
+            wish = replace(wish, env={**definition.env, **wish.env})
         if grows:
             await self.process.saving_machine().grow_disk(wish.shape.disk_mib)
             # The guest's kernel writes tables for the new space, which takes time.

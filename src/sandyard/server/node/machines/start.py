@@ -24,7 +24,7 @@ from sandyard.server.drivers.contract import (
 )
 from sandyard.server.drivers.processes import starved_s
 from sandyard.server.node.agent import AgentLink
-from sandyard.server.node.images.images import Image
+from sandyard.server.node.images.image import Image
 from sandyard.server.node.machines.body import Body
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record

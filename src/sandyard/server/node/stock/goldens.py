@@ -17,12 +17,18 @@ from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.contracts.node import GoldenFact, MachineWish
-from sandyard.server.core.errors import DamagedError
+from sandyard.server.core.errors import (
+    DamagedError,
+    NotFoundError,
+    NotReadyError,
+    SandyardError,
+    UnavailableError,
+)
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.host.ledger import Ledger
 from sandyard.server.node.images.definitions import Definition
-from sandyard.server.node.images.images import Image
+from sandyard.server.node.images.image import Image
 from sandyard.server.node.machines import saved as saving
 from sandyard.server.node.machines.guest import Was
 from sandyard.server.node.machines.means import Means
@@ -36,6 +42,9 @@ log = logging.getLogger(__name__)
 _SMALLEST_DISK_MIB = 1024
 WARMUP_LIMIT_S = 60.0
 """How long one command of a template's warm-up may take."""
+READY_LIMIT_S = 120.0
+"""How long a template's command `ready` may take to succeed."""
+_READY_PERIOD_S = 0.5
 _WARMUP_ROUNDS = 2
 _RETRY_S = 120.0
 _NOBODY = "golden"
@@ -85,6 +94,7 @@ class Goldens:
         self._known: dict[Kind, SavedMachine] = {}
         self._failed_at: dict[Kind, float] = {}
         self._making: dict[Kind, Task] = {}
+        self._errors: dict[Kind, SandyardError] = {}
         self._looked: dict[Kind, asyncio.Lock] = {}
         self._used_at: dict[Kind, float] = {}
         self._is_open = False
@@ -108,7 +118,10 @@ class Goldens:
         usual case, a golden machine has the template's default disk; another one, with the smallest
         disk, serves requests for less.
         """
-        usual = self._means.images.definitions[template].defaults.disk_mib
+        definition = self._means.images.definition(template)
+        if definition is None:
+            raise NotFoundError(f"cannot use the template {template}: it is not here any more")
+        usual = definition.defaults.disk_mib
         disk_mib = usual if shape.disk_mib >= usual else _SMALLEST_DISK_MIB
         return Kind(template, image.digest, shape.vcpus, shape.memory_mib, disk_mib)
 
@@ -150,7 +163,7 @@ class Goldens:
         return beyond
 
     def _is_usual(self, template: str, shape: Shape) -> bool:
-        definition = self._means.images.definitions.get(template)
+        definition = self._means.images.definition(template)
         return definition is not None and definition.defaults == shape
 
     async def _look_for(self, kind: Kind, driver: Driver) -> None:
@@ -188,13 +201,29 @@ class Goldens:
             self._making[kind] = work
             work.add_done_callback(lambda _: self._made(kind))
 
+    async def make(self, kind: Kind) -> None:
+        """Return once there is a golden machine of a kind, or at once if none can be used here.
+
+        Raises:
+            NotReadyError: see `_until_ready`.
+            InternalError, UnavailableError: it could not be made; the message says why.
+        """
+        self._failed_at.pop(kind, None)
+        self._errors.pop(kind, None)
+        self.want(kind)
+        making = self._making.get(kind)
+        if making is not None:
+            await asyncio.wait([making])
+        if (error := self._errors.pop(kind, None)) is not None:
+            raise error
+
     def _made(self, kind: Kind) -> None:
         del self._making[kind]
         self._on_ready()
 
     async def _sweep(self) -> None:
         """Remove unfinished and unusable golden machines of earlier processes."""
-        current = {image.digest for image in self._current_images()}
+        current = set(self._means.images.usable().values())
         others: list[Path] = []
         for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():
             keep = False
@@ -218,7 +247,7 @@ class Goldens:
 
     def forget_old(self) -> None:
         """Remove golden machines whose template has a newer image."""
-        current = {image.digest for image in self._current_images()}
+        current = set(self._means.images.usable().values())
         for kind in [one for one in self._known if one.image not in current]:
             golden = self._known.pop(kind)
             # Clones have their own link to its memory, and are not affected.
@@ -242,7 +271,7 @@ class Goldens:
     async def _make_in_background(self, kind: Kind) -> None:
         try:
             image = self._means.images.find(kind.image)
-            definition = self._means.images.definitions.get(kind.template)
+            definition = self._means.images.definition(kind.template)
             if image is None or definition is None:
                 return
             driver = await self._means.drivers.choose(image)
@@ -260,6 +289,9 @@ class Goldens:
                 "a golden machine is ready: %s, %d vcpus, %d MB",
                 kind.template, kind.vcpus, kind.memory_mib,
             )  # fmt: skip
+        except SandyardError as error:
+            self._errors[kind] = error
+            raise
         finally:
             if kind not in self._known:  # whatever the error, it is not retried at once
                 self._failed_at[kind] = self._means.clock.monotonic()
@@ -277,6 +309,8 @@ class Goldens:
             await resident.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
             # It takes an emulated CPU two seconds, which clones save.
             await _warm_up(resident, _LOAD_NFS, limit_s=limit_s)
+            if definition.ready is not None:
+                await self._until_ready(resident, definition.ready)
             for command in definition.warmup * _WARMUP_ROUNDS:
                 await _warm_up(resident, command, limit_s=limit_s)
             # What its kernel still has to do after that (journal, old connections, memory to free)
@@ -291,6 +325,23 @@ class Goldens:
             self._ledger.leave(resident)
             await to_the_end(resident.end(removes=True))
 
+    async def _until_ready(self, resident: Resident, command: str) -> None:
+        """Return once a command ends with 0.
+
+        Raises:
+            NotReadyError: it has not, within the time for that.
+        """
+        limit_s, code = self._means.patience(READY_LIMIT_S), 0
+        try:
+            async with self._means.clock.timeout(limit_s):
+                while (code := await resident.guest.run(command, limit_s=limit_s)) != 0:
+                    await self._means.clock.sleep(_READY_PERIOD_S)
+        except (TimeoutError, UnavailableError) as error:
+            raise NotReadyError(
+                f"the command `ready` did not end with 0 within {limit_s:g} s; the last time it "
+                f"ended with {code}"
+            ) from error
+
     async def _name(self, kind: Kind, driver: Driver) -> str:
         version = await driver.version()
         parts = (
@@ -301,10 +352,6 @@ class Goldens:
             saving.FORMATS[0],
         )
         return sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
-
-    def _current_images(self) -> list[Image]:
-        found = (self._means.images.current(slug) for slug in self._means.images.definitions)
-        return [image for image in found if image is not None]
 
 
 async def _warm_up(resident: Resident, command: str, *, limit_s: float) -> None:

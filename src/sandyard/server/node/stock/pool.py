@@ -218,13 +218,12 @@ class Pool:
 
     async def _look(self, crew: Crew) -> None:
         self._goldens.forget_old()
-        current = {}
         usual: list[_Shelf] = []
+        current = self._means.images.usable()
         for slug, definition in self._means.images.definitions.items():
             image = self._means.images.current(slug)
-            if image is None:
+            if image is None or definition.is_hidden:
                 continue
-            current[slug] = image.digest
             kind = self._goldens.kind_of(image, slug, definition.defaults)
             usual.append(self._shelves.setdefault(kind, _Shelf(kind)))
         for shelf in usual:
@@ -384,7 +383,7 @@ class Pool:
     def _warmup(self, shelf: _Shelf) -> Iterator[str]:
         """Yield the warm-up commands of a template. While creates find the shelf half empty there
         are none, because another machine is worth more than a warm one."""
-        definition = self._means.images.definitions.get(shelf.kind.template)
+        definition = self._means.images.definition(shelf.kind.template)
         for command in () if definition is None else definition.warmup:
             lately = self._means.clock.monotonic() - self._limits.unquiet_s
             is_asked_for = bool(shelf.asked_at) and shelf.asked_at[-1] > lately

@@ -30,6 +30,7 @@ from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import Deadline, get_snapshot
 from sandyard.server.service.sandboxes.worker import Worker, new_lease
+from sandyard.server.service.templates.templates import Chosen
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class NewSandbox:
     """The request for a new sandbox; None means the default.
 
     `ssh_keys` are ids of the organization's keys, or literal keys. A sandbox from a `snapshot` has
-    the snapshot's template and, by default, its mounts.
+    the snapshot's template and, by default, its mounts. One of the platform's own may have a
+    template that others cannot name: what was `chosen`.
     """
 
     template: str | None = None
@@ -57,6 +59,7 @@ class NewSandbox:
     pauses_at_end: bool = False
     snapshot: str | None = None
     mounts: tuple[Mount, ...] | None = None
+    chosen: Chosen | None = None
 
 
 DEFAULT_TEMPLATE = "base-ubuntu"
@@ -247,10 +250,11 @@ class Creation:
             snapshot = await get_snapshot(self._store, actor, wish.snapshot)
             return snapshot, snapshot.template, _shape_from(snapshot, wish)
         template = DEFAULT_TEMPLATE if wish.template is None else wish.template
-        slug = checked_text(template, field="template")
-        fact = await self._templates.ready(slug)
-        shape = shape_of(fact.defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
-        return None, slug, shape
+        chosen = wish.chosen or await self._templates.choose(
+            actor, checked_text(template, field="template")
+        )
+        shape = shape_of(chosen.defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
+        return None, chosen.name, shape
 
 
 def _shape_from(snapshot: Snapshot, wish: NewSandbox) -> Shape:

@@ -19,7 +19,7 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.core.limits import Allotment
 from sandyard.server.core.wire import FRAME_MAX, Channel, WireError, encode_frame
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.fields import check_account, checked_env, cwd_of
+from sandyard.server.service.sandboxes.fields import checked_env, cwd_of, user_of
 from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Reached, Use, make_folder
 from sandyard.server.tasks import concurrently
 
@@ -39,14 +39,15 @@ _FRAMES_A_TURN = 500
 
 @dataclass(frozen=True)
 class Command:
-    """A command. `timeout` is in milliseconds from its start in the sandbox."""
+    """A command. `timeout` is in milliseconds from its start in the sandbox; None for `cwd` and
+    `user` means the template's."""
 
     command: str
     timeout: int
-    cwd: str
+    cwd: str | None
     env: Mapping[str, str]
     stdin: bytes | None
-    user: str
+    user: str | None
     makes_cwd: bool = False
 
 
@@ -146,16 +147,18 @@ class Commands:
             timeout_ms=command.timeout,
             cwd=cwd,
             env=command.env,
-            user=command.user,
+            user=user_of(command.user),
             stdin=command.stdin is not None,
         )
         # Not the command itself: people put secrets into commands, and the feed is kept forever.
-        told = {"user": command.user, "cwd": cwd, "timeoutMs": command.timeout}
+        told: dict[str, object] = {"timeoutMs": command.timeout}
+        told |= {"user": command.user} if command.user else {}
+        told |= {"cwd": cwd} if cwd else {}
         use = replace(_USE, attributes=told)
         share = _Share(self.room, actor.org_id)
         try:
-            if command.makes_cwd:
-                await make_folder(self._reach, actor, reference, cwd, command.user, use)
+            if command.makes_cwd and cwd:
+                await make_folder(self._reach, actor, reference, cwd, command.user or "root", use)
             async with self._reach.open(actor, reference, wish, use) as reached:
                 return await self._finish(reached, command, share)
         except BaseException:
@@ -225,7 +228,7 @@ async def _feed(stream: ByteStream, data: bytes) -> None:
 def _check(command: Command) -> None:
     """Refuse a command that no sandbox could run."""
     checked_text(command.command, field="command")
-    check_account(command.user)
+    user_of(command.user)
     if not command.command.strip():
         raise InvalidArgumentError("cannot run an empty command", field="command")
     if len(command.command.encode()) > COMMAND_MAX:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import check_json, checked_text, is_uuid
+from sandyard.server.core.ops import DEFAULT
 from sandyard.server.core.records import Sandbox
 from sandyard.server.service.actor import Actor
 
@@ -33,12 +34,27 @@ def check_account(text: str, *, field: str = "user") -> None:
         raise InvalidArgumentError("cannot use {field}: it is a name or a number", field=field)
 
 
-def cwd_of(text: str) -> str:
-    """Return a working directory as an absolute path; a relative one is below /workspace.
+def user_of(text: str | None) -> str:
+    """Return the account of a program; without one it is the template's default.
+
+    Raises:
+        InvalidArgumentError: it can be none.
+    """
+    if text is None:
+        return DEFAULT
+    check_account(text)
+    return text
+
+
+def cwd_of(text: str | None) -> str:
+    """Return a working directory as an absolute path; a relative one is below /workspace, and
+    without one it is the template's default.
 
     Raises:
         InvalidArgumentError: it is empty or too long.
     """
+    if text is None:
+        return DEFAULT
     checked_text(text, field="cwd")
     if not text or len(text) > _PATH_MAX:
         raise InvalidArgumentError(

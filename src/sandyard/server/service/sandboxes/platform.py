@@ -17,7 +17,8 @@ from sandyard.server.service.sandboxes.frames import Open
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.register import Register
-from sandyard.server.service.templates import Templates
+from sandyard.server.service.templates.shipped import ShippedTemplates
+from sandyard.server.service.templates.templates import Templates
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def build_platform(
         roster=roster,
         nodes=known,
         placement=Placement(known, clock, by_lot=roster is not None),
-        templates=Templates(known, clock),
+        templates=Templates(store, ShippedTemplates(known, clock), bus, clock),
         lifecycle=Lifecycle(store, bus, clock),
         register=Register(store, bus, clock),
         repeats=Repeats(clock, key),

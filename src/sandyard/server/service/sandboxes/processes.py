@@ -32,7 +32,7 @@ from sandyard.server.core.wire import FRAME_MAX, Channel, encode_frame, printabl
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.repeats import Repeatable, Repeats
 from sandyard.server.service.sandboxes.execute import COMMAND_MAX
-from sandyard.server.service.sandboxes.fields import check_account, checked_env, cwd_of
+from sandyard.server.service.sandboxes.fields import checked_env, cwd_of, user_of
 from sandyard.server.service.sandboxes.frames import Open, decoded, frames_of, pass_on
 from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use, make_folder
 from sandyard.server.tasks import concurrently
@@ -63,15 +63,16 @@ STREAMS = {
 class NewProcess:
     """A process to start: a shell command line, or a program and its arguments.
 
-    `timeout` is in milliseconds; without it there is no limit. With `replaces` it takes the
-    `tag` of the process with that pid, if that is still the last with it.
+    None for `cwd` and `user` means the template's. `timeout` is in milliseconds; without it there
+    is no limit. With `replaces` it takes the `tag` of the process with that pid, if that is still
+    the last with it.
     """
 
     command: str | None
     argv: Sequence[str]
-    cwd: str
+    cwd: str | None
     env: Mapping[str, str] = field(repr=False)
-    user: str
+    user: str | None
     tag: str | None
     stdin: bool
     terminal: Size | None
@@ -179,7 +180,7 @@ class Processes:
             argv=tuple(wish.argv),
             cwd=cwd,
             env=wish.env,
-            user=wish.user,
+            user=user_of(wish.user),
             tag=wish.tag,
             stdin=wish.stdin,
             terminal=wish.terminal,
@@ -188,10 +189,11 @@ class Processes:
             replaces=wish.replaces,
         )
         # Not the command itself: people put secrets into commands, and the feed is kept forever.
-        facts = {"user": wish.user, "cwd": cwd, **({"tag": wish.tag} if wish.tag else {})}
+        told = {"user": wish.user, "cwd": wish.cwd and cwd, "tag": wish.tag}
+        facts = {name: value for name, value in told.items() if value}
         use = replace(use, attributes=facts)
-        if wish.makes_cwd:
-            await make_folder(self._reach, actor, reference, cwd, wish.user, use)
+        if wish.makes_cwd and wish.cwd is not None:
+            await make_folder(self._reach, actor, reference, cwd, wish.user or "root", use)
         return await self.launch(actor, reference, operation, use)
 
     async def launch(self, actor: Actor, reference: str, operation: Start, use: Use) -> Program:
@@ -411,7 +413,7 @@ def _check_program(wish: NewProcess) -> None:
 def _check(wish: NewProcess) -> None:
     """Refuse a process that no sandbox could start."""
     _check_program(wish)
-    check_account(wish.user)
+    user_of(wish.user)
     checked_text(wish.tag or "", field="tag")
     if wish.tag is not None and not 1 <= len(wish.tag) <= _TAG_MAX:
         raise InvalidArgumentError("cannot use tag: it has 1 to 64 characters", field="tag")

@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Generic
+from typing import Any, Generic, cast
 
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import ConflictError, SandyardError
-from sandyard.server.core.ops import AnswerT, MakeFolder, Operation
+from sandyard.server.core.ops import DEFAULT, AnswerT, Execute, MakeFolder, Operation, Start
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
@@ -102,6 +102,7 @@ class Reach:
         self._store = platform.store
         self._register = platform.register
         self._power = power
+        self._templates = platform.templates
         self._tunnel = platform.tunnel
         self._clock = platform.clock
 
@@ -133,7 +134,9 @@ class Reach:
                 # happens twice if the caller tries again.
                 if not await self._is_noted(actor, sandbox, use):
                     continue
-                opening = self._tunnel.open(ref_of(sandbox), operation)
+                opening = self._tunnel.open(
+                    ref_of(sandbox), await self._completed(sandbox, operation)
+                )
                 try:
                     opened = await held.enter_async_context(opening)
                 except ConflictError:
@@ -151,6 +154,22 @@ class Reach:
             finally:
                 if self._clock.monotonic() - began > _LONG_S:
                     await self._touch(sandbox, use)
+
+    async def _completed(
+        self, sandbox: Sandbox, operation: Operation[AnswerT]
+    ) -> Operation[AnswerT]:
+        """Return an operation with its template's user and working directory where none is
+        named."""
+        wish: Any = operation
+        if not isinstance(wish, Execute | Start) or DEFAULT not in (wish.user, wish.cwd):
+            return operation
+        about = await self._templates.about(sandbox.org_id, sandbox.template)
+        completed: Any = replace(
+            wish,
+            user=wish.user or (about and about.user) or "root",
+            cwd=wish.cwd or (about and about.workdir) or "/workspace",
+        )
+        return cast("Operation[AnswerT]", completed)
 
     async def _note_bytes(self, stream: GuestStream, sandbox: Sandbox, use: Use) -> None:
         """Record a use while data passes, often enough for the sandbox's idle timeout."""

@@ -1,8 +1,8 @@
-"""The templates of the installation."""
+"""The templates of the installation, as its nodes know them."""
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -28,7 +28,7 @@ def _is_ready(fact: TemplateFact) -> bool:
     return fact.status is TemplateStatus.READY
 
 
-class Templates:
+class ShippedTemplates:
     """Looks templates up. Of a node that does not answer, the last known ones count."""
 
     def __init__(self, nodes: Nodes, clock: Clock) -> None:
@@ -75,8 +75,12 @@ class Templates:
             is_whole=bool(expected) and len(told) == len(expected),
         )
 
-    async def ready(self, slug: str) -> TemplateFact:
-        """Return a template that is ready to use.
+    async def known(self) -> tuple[TemplateFact, ...]:
+        """Return the templates that are known now, hidden ones as well."""
+        return (await self._current()).facts
+
+    async def ready(self, slug: str, *, others: Iterable[str] = ()) -> TemplateFact:
+        """Return a template that is ready to use. `others` are slugs that exist besides.
 
         Raises:
             InvalidArgumentError: there is no such template.
@@ -91,7 +95,8 @@ class Templates:
                 "such template; ask again"
             )
         if fact is None:
-            known = ", ".join(one.slug for one in picture.facts)
+            shown = [one.slug for one in picture.facts if not one.is_hidden]
+            known = ", ".join([*shown, *others])
             raise InvalidArgumentError(
                 f"cannot use the template {slug[:80]!r}: known are {known}",
                 field="template",
@@ -131,7 +136,7 @@ async def _templates_of(node: NodeControl) -> tuple[TemplateFact, ...] | None:
 
 
 def _elected(told: Collection[tuple[TemplateFact, ...]]) -> tuple[TemplateFact, ...]:
-    """Return each template of several nodes once; see `Templates.all`."""
+    """Return each template of several nodes once; see `ShippedTemplates.all`."""
     votes = Counter(
         (fact.slug, fact.defaults) for facts in told for fact in facts if _is_ready(fact)
     )

@@ -1,0 +1,456 @@
+"""Templates of one's own: what is to be built, sent to the server, and followed to its end."""
+
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Self
+
+from sandyard.client.calls import Call, part_of
+from sandyard.client.errors import SandyardError
+from sandyard.client.models import (
+    BuildLine,
+    TemplateBuild,
+    TemplateInfo,
+    TemplateVersion,
+    template_of,
+)
+from sandyard.client.streams import Followed
+from sandyard.client.transport import AsyncTransport, Transport
+
+_TEMPLATES = "/v1/templates"
+_UPLOAD_S = 600.0
+_PIECE = 1024 * 1024
+OnLine = Callable[[BuildLine], object]
+
+
+class BuildFailedError(SandyardError):
+    """A build did not succeed; its log says why."""
+
+    def __init__(self, build: TemplateBuild) -> None:
+        super().__init__(
+            f"the build of {build.slug} {build.status}: {build.error or 'it was cancelled'}"
+            if build.status == "failed"
+            else f"the build of {build.slug} was cancelled"
+        )
+        self.build = build
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a template is built from. Every method returns a changed copy.
+
+    ```python
+    template = (
+        Template("my-agent")
+        .from_image("docker.io/library/python:3.13-slim")
+        .pip("requests")
+        .start("python3 -m http.server 8000", ready="python3 -c '...'")
+    )
+    client.build(template, on_line=lambda line: print(line.text))
+    ```
+    """
+
+    slug: str
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    archive: Path | None = None
+    context: Path | None = None
+
+    def from_template(self, base: str) -> Self:
+        """Build on a template: a slug, `slug:tag` or `slug@digest`."""
+        return self._from(base=base)
+
+    def from_image(self, image: str) -> Self:
+        """Build on an image in a registry: `name[:tag][@digest]`."""
+        return self._from(image=image)
+
+    def from_archive(self, path: str | os.PathLike[str]) -> Self:
+        """Build on an image in a file: from `docker save`, or an OCI layout in a tar archive."""
+        return replace(self._from(), archive=Path(path))
+
+    def from_dockerfile(
+        self, folder: str | os.PathLike[str] = ".", *, dockerfile: str = "Dockerfile"
+    ) -> Self:
+        """Build with a Dockerfile in a folder. The folder is sent, without what its `.dockerignore`
+        names."""
+        text = (Path(folder) / dockerfile).read_text()
+        return replace(self._from(dockerfile=text), context=Path(folder))
+
+    def named(self, name: str, description: str = "") -> Self:
+        """Set a name and a description for people."""
+        return self._with(name=name, description=description)
+
+    def apt(self, *packages: str) -> Self:
+        """Install Debian packages."""
+        return self._added("apt", packages)
+
+    def pip(self, *packages: str) -> Self:
+        """Install Python packages."""
+        return self._added("pip", packages)
+
+    def npm(self, *packages: str) -> Self:
+        """Install Node.js packages."""
+        return self._added("npm", packages)
+
+    def run(self, *commands: str) -> Self:
+        """Run shell commands, as root and one after the other."""
+        return self._added("run", commands)
+
+    def env(self, **variables: str) -> Self:
+        """Set environment variables for the build and for all programs of sandboxes."""
+        return self._with(env={**self.fields.get("env", {}), **variables})
+
+    def file(self, path: str, contents: str, *, mode: str = "644") -> Self:
+        """Write a file."""
+        return self._added("files", ({"path": path, "contents": contents, "mode": mode},))
+
+    def start(self, command: str, *, ready: str | None = None) -> Self:
+        """Have a shell command running in every sandbox. `ready` is one that ends with 0 once that
+        can be used."""
+        return self._with(start=command, ready=ready)
+
+    def user(self, name: str) -> Self:
+        """Set the user of programs for which none is named."""
+        return self._with(defaultUser=name)
+
+    def workdir(self, path: str) -> Self:
+        """Set the working directory of programs for which none is named."""
+        return self._with(workdir=path)
+
+    def shape(
+        self, *, vcpus: int | None = None, memory: str | None = None, disk: str | None = None
+    ) -> Self:
+        """Set the default shape of sandboxes."""
+        return self._with(defaults={"vcpus": vcpus, "memory": memory, "disk": disk})
+
+    def _from(self, **source: str) -> Self:
+        left = {
+            name: value
+            for name, value in self.fields.items()
+            if name not in ("base", "image", "dockerfile")
+        }
+        return replace(self, fields={**left, **source}, archive=None, context=None)
+
+    def _with(self, **fields: Any) -> Self:
+        return replace(self, fields={**self.fields, **fields})
+
+    def _added(self, name: str, more: tuple[Any, ...]) -> Self:
+        return self._with(**{name: [*self.fields.get(name, ()), *more]})
+
+    def body(self, uploads: Mapping[str, str]) -> dict[str, Any]:
+        """Return the body of the request, with the ids of uploads."""
+        return {"slug": self.slug, **self.fields, **uploads}
+
+    def files_to_send(self, held: ExitStack) -> dict[str, IO[bytes]]:
+        """Return the files to upload, opened, by the name of their field."""
+        if self.archive is not None:
+            return {"upload": held.enter_context(self.archive.open("rb"))}
+        if self.context is not None:
+            packed = held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - it is held
+            pack_context(self.context, packed)
+            packed.seek(0)
+            return {"context": packed}
+        return {}
+
+
+class Following(Followed[BuildLine]):
+    """The log of a build, each line once, and the build at its end."""
+
+    def __init__(self, slug: str, build: str | None) -> None:
+        query = {} if build is None else {"build": build}
+        super().__init__(f"{part_of(_TEMPLATES, slug)}/logs", query)
+        self._after = 0
+        self.build: TemplateBuild | None = None
+
+    @property
+    def query(self) -> dict[str, Any]:
+        """See `Followed.query`."""
+        return {**self._query, "after": self._after}
+
+    def _event(self, name: str, data: Any, number: str | None) -> BuildLine | None:
+        self._after = self._after if number is None else int(number)
+        if name == "end":
+            self.is_over, self.build = True, _build_of(data)
+        return BuildLine(data["text"], data["phase"], data["time"]) if name == "line" else None
+
+
+def _build_of(raw: Mapping[str, Any]) -> TemplateBuild:
+    return TemplateBuild(
+        raw["id"], raw["slug"], raw["version"], raw["status"], raw.get("error"), raw
+    )
+
+
+def _version_of(raw: Mapping[str, Any]) -> TemplateVersion:
+    return TemplateVersion(raw["slug"], raw["version"], raw["digest"], tuple(raw["tags"]), raw)
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+def listing() -> Call[list[TemplateInfo]]:
+    """Return the call that lists templates."""
+    return Call("GET", _TEMPLATES, lambda a: [template_of(one) for one in a["data"]], safe=True)
+
+
+def _upload(file: IO[bytes]) -> Call[str]:
+    return Call(
+        "POST",
+        f"{_TEMPLATES}/uploads",
+        lambda a: str(a["data"]["uploadId"]),
+        content=file,
+        limit_s=_UPLOAD_S,
+    )
+
+
+def _request(body: Mapping[str, Any]) -> Call[tuple[str, str]]:
+    return Call("POST", _TEMPLATES, lambda a: (a["data"]["slug"], a["data"]["buildId"]), body=body)
+
+
+def _path(slug: str, *parts: object) -> str:
+    path = part_of(_TEMPLATES, slug)
+    for one in parts:
+        path = part_of(path, one)
+    return path
+
+
+def _builds(slug: str) -> Call[list[TemplateBuild]]:
+    path = _path(slug, "builds")
+    return Call("GET", path, lambda a: [_build_of(one) for one in a["data"]], safe=True)
+
+
+def _cancel(slug: str, build: str) -> Call[TemplateBuild]:
+    return Call("POST", _path(slug, "builds", build, "cancel"), lambda a: _build_of(a["data"]))
+
+
+def _versions(slug: str) -> Call[list[TemplateVersion]]:
+    path = _path(slug, "versions")
+    return Call("GET", path, lambda a: [_version_of(one) for one in a["data"]], safe=True)
+
+
+def _tag(slug: str, tag: str, version: int) -> Call[None]:
+    return Call("PUT", _path(slug, "tags", tag), _nothing, body={"version": version}, safe=True)
+
+
+def _delete(*parts: object) -> Call[None]:
+    return Call("DELETE", _path(*map(str, parts)), _nothing)
+
+
+def _ended(following: Following) -> TemplateBuild:
+    build = following.build
+    if build is None:
+        raise SandyardError("the server did not tell how the build ended")
+    if build.status != "ready":
+        raise BuildFailedError(build)
+    return build
+
+
+class TemplateMethods:
+    """What a client does with templates; a part of `Sandyard`."""
+
+    _transport: Transport
+
+    def templates(self) -> list[TemplateInfo]:
+        """Return the templates of the installation, and the organization's own."""
+        return self._transport.send(listing())
+
+    def build(self, template: Template, *, on_line: OnLine | None = None) -> TemplateBuild:
+        """Build a new version of a template, and return when it can be used. `on_line` is called
+        with each line of the log.
+
+        Raises:
+            BuildFailedError: the build did not succeed.
+            ApiError: the request is refused.
+        """
+        slug, build_id = self.request_build(template)
+        following = Following(slug, build_id)
+        for line in self._transport.follow(following):
+            if on_line is not None:
+                on_line(line)
+        return _ended(following)
+
+    def request_build(self, template: Template) -> tuple[str, str]:
+        """Request a build, and return the slug and the build's id at once."""
+        with ExitStack() as held:
+            files = template.files_to_send(held)
+            uploads = {name: self._transport.send(_upload(one)) for name, one in files.items()}
+        return self._transport.send(_request(template.body(uploads)))
+
+    def build_log(self, slug: str, build: str | None = None) -> Iterator[BuildLine]:
+        """Yield the log of a build, or of the latest one, as it is written."""
+        return self._transport.follow(Following(slug, build))
+
+    def builds(self, slug: str) -> list[TemplateBuild]:
+        """Return the latest builds of a template, newest first."""
+        return self._transport.send(_builds(slug))
+
+    def cancel_build(self, slug: str, build: str) -> TemplateBuild:
+        """Cancel a build."""
+        return self._transport.send(_cancel(slug, build))
+
+    def template_versions(self, slug: str) -> list[TemplateVersion]:
+        """Return the versions of a template, newest first."""
+        return self._transport.send(_versions(slug))
+
+    def tag_template(self, slug: str, tag: str, version: int) -> None:
+        """Give a version a tag, which another one loses."""
+        self._transport.send(_tag(slug, tag, version))
+
+    def untag_template(self, slug: str, tag: str) -> None:
+        """Remove a tag."""
+        self._transport.send(_delete(slug, "tags", tag))
+
+    def delete_template(self, slug: str, version: int | None = None) -> None:
+        """Delete a template, or one version of it. Its sandboxes are not affected."""
+        parts = (slug,) if version is None else (slug, "versions", version)
+        self._transport.send(_delete(*parts))
+
+
+class AsyncTemplateMethods:
+    """See `TemplateMethods`."""
+
+    _transport: AsyncTransport
+
+    async def templates(self) -> list[TemplateInfo]:
+        """See `Sandyard.templates`."""
+        return await self._transport.send(listing())
+
+    async def build(self, template: Template, *, on_line: OnLine | None = None) -> TemplateBuild:
+        """See `Sandyard.build`."""
+        slug, build_id = await self.request_build(template)
+        following = Following(slug, build_id)
+        async for line in self._transport.follow(following):
+            if on_line is not None:
+                on_line(line)
+        return _ended(following)
+
+    async def request_build(self, template: Template) -> tuple[str, str]:
+        """See `Sandyard.request_build`."""
+        with ExitStack() as held:
+            uploads = {
+                name: await self._transport.send(replace(_upload(one), content=_pieces(one)))
+                for name, one in template.files_to_send(held).items()
+            }
+        return await self._transport.send(_request(template.body(uploads)))
+
+    def build_log(self, slug: str, build: str | None = None) -> AsyncIterator[BuildLine]:
+        """See `Sandyard.build_log`."""
+        return self._transport.follow(Following(slug, build))
+
+    async def builds(self, slug: str) -> list[TemplateBuild]:
+        """See `Sandyard.builds`."""
+        return await self._transport.send(_builds(slug))
+
+    async def cancel_build(self, slug: str, build: str) -> TemplateBuild:
+        """See `Sandyard.cancel_build`."""
+        return await self._transport.send(_cancel(slug, build))
+
+    async def template_versions(self, slug: str) -> list[TemplateVersion]:
+        """See `Sandyard.template_versions`."""
+        return await self._transport.send(_versions(slug))
+
+    async def tag_template(self, slug: str, tag: str, version: int) -> None:
+        """See `Sandyard.tag_template`."""
+        await self._transport.send(_tag(slug, tag, version))
+
+    async def untag_template(self, slug: str, tag: str) -> None:
+        """See `Sandyard.untag_template`."""
+        await self._transport.send(_delete(slug, "tags", tag))
+
+    async def delete_template(self, slug: str, version: int | None = None) -> None:
+        """See `Sandyard.delete_template`."""
+        parts = (slug,) if version is None else (slug, "versions", version)
+        await self._transport.send(_delete(*parts))
+
+
+async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
+    while piece := file.read(_PIECE):
+        yield piece
+
+
+# --- the context of a Dockerfile ------------------------------------------------------------------
+
+
+def pack_context(folder: Path, target: IO[bytes]) -> None:
+    """Write the tar archive of a folder, without what its `.dockerignore` names. Links are packed
+    as links, and never followed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    rules = _rules(folder / ".dockerignore")
+    with tarfile.open(fileobj=target, mode="w|") as archive:
+        for place, folders, files in os.walk(folder):
+            inner = os.path.relpath(place, folder)
+            at = "" if inner == "." else f"{inner}/"
+            folders.sort()
+            kept = []
+            for name in folders:
+                is_left_out = _is_ignored(f"{at}{name}", rules)
+                # An exception may name something below.
+                if not is_left_out or any(not one.ignores for one in rules):
+                    kept.append(name)
+                if not is_left_out:
+                    archive.add(os.path.join(place, name), f"{at}{name}", recursive=False)
+            folders[:] = [one for one in kept if not os.path.islink(os.path.join(place, one))]
+            for name in sorted(files):
+                if not _is_ignored(f"{at}{name}", rules):
+                    archive.add(os.path.join(place, name), f"{at}{name}", recursive=False)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    pattern: re.Pattern[str]
+    ignores: bool
+
+
+def _rules(path: Path) -> list[_Rule]:
+    """Return the rules of a `.dockerignore`, as Docker's documentation has them."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rules = []
+    for line in lines:
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        ignores = not text.startswith("!")
+        text = os.path.normpath(text.removeprefix("!").strip()).strip("/")
+        if text not in ("", "."):
+            rules.append(_Rule(re.compile(_expression(text)), ignores))
+    return rules
+
+
+def _expression(pattern: str) -> str:
+    """Return a pattern's regular expression: `*` and `?` match within a name, `**` any number of
+    directories. What it matches counts with everything below."""
+    found, at = "", 0
+    while at < len(pattern):
+        if pattern.startswith("**/", at):
+            found, at = found + "(?:.*/)?", at + 3
+        elif pattern.startswith("**", at):
+            found, at = found + ".*", at + 2
+        elif pattern[at] == "*":
+            found, at = found + "[^/]*", at + 1
+        elif pattern[at] == "?":
+            found, at = found + "[^/]", at + 1
+        elif pattern[at] == "[" and "]" in pattern[at:]:
+            end = pattern.index("]", at) + 1
+            found, at = found + pattern[at:end], end
+        else:
+            skip = pattern[at] == "\\" and at + 1 < len(pattern)
+            found, at = found + re.escape(pattern[at + skip]), at + 1 + skip
+    return f"{found}(?:/.*)?"
+
+
+def _is_ignored(path: str, rules: list[_Rule]) -> bool:
+    is_ignored = False
+    for rule in rules:  # the last one that matches decides
+        if rule.pattern.fullmatch(path):
+            is_ignored = rule.ignores
+    return is_ignored

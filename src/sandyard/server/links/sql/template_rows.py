@@ -1,0 +1,332 @@
+"""Templates of organizations, their versions and builds, and uploads. See core.contracts for the
+behaviour of each method."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    cast,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+
+from sandyard.server.core.codec import decode, encode
+from sandyard.server.core.records import (
+    Build,
+    BuildLine,
+    BuildStatus,
+    Kept,
+    Template,
+    TemplateVersion,
+    Upload,
+    VersionAbout,
+)
+from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.rows import Connection
+from sandyard.server.links.sql.seal import Seal
+
+
+class TemplateTable:
+    """See core.contracts.store.TemplateRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def put(self, template: Template) -> None:
+        """See core.contracts.store.TemplateRows.put."""
+        values = vars(template) | {"tags": dict(template.tags)}
+        done = await self._connection.execute(
+            update(t.templates)
+            .where(*_of(t.templates, template.org_id, template.slug))
+            .values(values)
+        )
+        if done.rowcount == 0:
+            await self._connection.execute(insert(t.templates).values(values))
+
+    async def find(self, org_id: str, slug: str) -> Template | None:
+        """See core.contracts.store.TemplateRows.find."""
+        found = await self._connection.execute(
+            select(t.templates).where(*_of(t.templates, org_id, slug))
+        )
+        row = found.mappings().first()
+        return None if row is None else Template(**row)
+
+    async def of(self, org_id: str) -> list[Template]:
+        """See core.contracts.store.TemplateRows.of."""
+        c = t.templates.c
+        found = await self._connection.execute(
+            select(t.templates).where(c.org_id == org_id).order_by(c.slug)
+        )
+        return [Template(**row) for row in found.mappings()]
+
+    async def remove(self, org_id: str, slug: str, *, at: datetime) -> bool:
+        """See core.contracts.store.TemplateRows.remove."""
+        versions = t.template_versions
+        await self._connection.execute(
+            update(versions)
+            .where(*_of(versions, org_id, slug), versions.c.removed_at.is_(None))
+            .values(removed_at=at)
+        )
+        done = await self._connection.execute(
+            delete(t.templates).where(*_of(t.templates, org_id, slug))
+        )
+        return done.rowcount > 0
+
+
+class VersionTable:
+    """See core.contracts.store.VersionRows."""
+
+    def __init__(self, connection: Connection, seal: Seal) -> None:
+        self._connection = connection
+        self._seal = seal
+
+    async def add(self, version: TemplateVersion) -> None:
+        """See core.contracts.store.VersionRows.add."""
+        values = vars(version) | {"source": dict(version.source)}
+        values["about_sealed"] = self._seal.close(
+            {"about": json.dumps(encode(values.pop("about")))}
+        )
+        await self._connection.execute(insert(t.template_versions).values(values))
+
+    async def of(self, org_id: str, slug: str) -> list[TemplateVersion]:
+        """See core.contracts.store.VersionRows.of."""
+        c = t.template_versions.c
+        return await self._where(
+            *_of(t.template_versions, org_id, slug), c.removed_at.is_(None), order=c.number.desc()
+        )
+
+    async def kept(self, org_id: str) -> Kept:
+        """See core.contracts.store.VersionRows.kept."""
+        c = t.template_versions.c
+        return await _kept(
+            self._connection, c.size_bytes, c.org_id == org_id, c.removed_at.is_(None)
+        )
+
+    async def remove(self, version: TemplateVersion, *, at: datetime) -> bool:
+        """See core.contracts.store.VersionRows.remove."""
+        c = t.template_versions.c
+        done = await self._connection.execute(
+            update(t.template_versions)
+            .where(c.build_id == version.build_id, c.removed_at.is_(None))
+            .values(removed_at=at)
+        )
+        return done.rowcount > 0
+
+    async def removed(self) -> list[TemplateVersion]:
+        """See core.contracts.store.VersionRows.removed."""
+        c = t.template_versions.c
+        return await self._where(c.removed_at.is_not(None), order=c.removed_at)
+
+    async def is_kept(self, version: TemplateVersion) -> bool:
+        """See core.contracts.store.VersionRows.is_kept."""
+        c = t.template_versions.c
+        found = await self._connection.execute(
+            select(c.build_id)
+            .where(
+                c.org_id == version.org_id,
+                c.slug == version.slug,
+                c.digest == version.digest,
+                c.removed_at.is_(None),
+            )
+            .limit(1)
+        )
+        return found.first() is not None
+
+    async def forget(self, version: TemplateVersion) -> None:
+        """See core.contracts.store.VersionRows.forget."""
+        c = t.template_versions.c
+        await self._connection.execute(
+            delete(t.template_versions).where(
+                c.build_id == version.build_id, c.removed_at.is_not(None)
+            )
+        )
+
+    async def _where(self, *which: ColumnElement[bool], order: Any) -> list[TemplateVersion]:
+        found = await self._connection.execute(
+            select(t.template_versions).where(*which).order_by(order)
+        )
+        versions = []
+        for row in found.mappings():
+            values = dict(row)
+            about = json.loads(self._seal.open(values.pop("about_sealed"))["about"])
+            versions.append(TemplateVersion(**values, about=decode(VersionAbout, about)))
+        return versions
+
+
+class BuildTable:
+    """See core.contracts.store.BuildRows."""
+
+    def __init__(self, connection: Connection, seal: Seal) -> None:
+        self._connection = connection
+        self._seal = seal
+
+    async def add(self, build: Build) -> None:
+        """See core.contracts.store.BuildRows.add."""
+        await self._connection.execute(insert(t.builds).values(self._values(build)))
+
+    async def find(self, org_id: str, build_id: str) -> Build | None:
+        """See core.contracts.store.BuildRows.find."""
+        c = t.builds.c
+        found = await self._builds(select(t.builds).where(c.id == build_id, c.org_id == org_id))
+        return found[0] if found else None
+
+    async def page(self, org_id: str, slug: str, *, limit: int) -> list[Build]:
+        """See core.contracts.store.BuildRows.page."""
+        c = t.builds.c
+        return await self._builds(
+            select(t.builds)
+            .where(*_of(t.builds, org_id, slug))
+            .order_by(c.created_at.desc(), c.id.desc())
+            .limit(limit)
+        )
+
+    async def active(self, org_id: str) -> int:
+        """See core.contracts.store.BuildRows.active."""
+        c = t.builds.c
+        found = await self._connection.execute(
+            select(func.count()).where(c.org_id == org_id, c.ended_at.is_(None))
+        )
+        return int(found.scalar_one())
+
+    async def claim(self, server_id: str, *, lease: str, lasts: timedelta) -> Build | None:
+        """See core.contracts.store.BuildRows.claim."""
+        c = t.builds.c
+        is_free = or_(c.lease_until.is_(None), c.lease_until < t.now())
+        waiting = (
+            select(c.id)
+            .where(
+                c.ended_at.is_(None), is_free, or_(c.server_id.is_(None), c.server_id == server_id)
+            )
+            .order_by(c.created_at, c.id)
+            .limit(1)
+        )
+        # Looked at once more: another server may have been faster.
+        return await self._taken(
+            update(t.builds)
+            .where(c.id == waiting.scalar_subquery(), c.ended_at.is_(None), is_free)
+            .values(lease_token=lease, lease_until=_until(lasts))
+        )
+
+    async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:
+        """See core.contracts.store.BuildRows.save."""
+        c = t.builds.c
+        values = self._values(build)
+        del values["is_cancelled"]
+        token = None if lasts is None else lease
+        until = None if lasts is None else _until(lasts)
+        return await self._taken(
+            update(t.builds)
+            .where(c.id == build.id, c.lease_token == lease)
+            .values(**values, lease_token=token, lease_until=until)
+        )
+
+    async def cancel(self, org_id: str, build_id: str) -> bool:
+        """See core.contracts.store.BuildRows.cancel."""
+        c = t.builds.c
+        done = await self._connection.execute(
+            update(t.builds)
+            .where(c.id == build_id, c.org_id == org_id, c.ended_at.is_(None))
+            .values(is_cancelled=True)
+        )
+        return done.rowcount > 0
+
+    async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:
+        """See core.contracts.store.BuildRows.append."""
+        for one in lines:
+            await self._connection.execute(
+                insert(t.build_lines).values(build_id=build_id, **vars(one))
+            )
+
+    async def read(self, build_id: str, *, after: int, limit: int) -> list[BuildLine]:
+        """See core.contracts.store.BuildRows.read."""
+        c = t.build_lines.c
+        found = await self._connection.execute(
+            select(c.number, c.at, c.phase, c.text)
+            .where(c.build_id == build_id, c.number > after)
+            .order_by(c.number)
+            .limit(limit)
+        )
+        return [BuildLine(**row) for row in found.mappings()]
+
+    def _values(self, build: Build) -> dict[str, Any]:
+        values = vars(build) | {"by": dict(build.by), "stages": list(build.stages)}
+        values["plan_sealed"] = self._seal.close({"plan": json.dumps(values.pop("plan"))})
+        return values | {"status": build.status.value}
+
+    async def _taken(self, statement: Any) -> Build | None:
+        found = await self._connection.execute(statement.returning(*t.builds.c))
+        row = found.mappings().first()
+        return None if row is None else self._build(row)
+
+    async def _builds(self, statement: Any) -> list[Build]:
+        found = await self._connection.execute(statement)
+        return [self._build(row) for row in found.mappings()]
+
+    def _build(self, row: Mapping[Any, Any]) -> Build:
+        values = {name: one for name, one in row.items() if not str(name).startswith("lease_")}
+        plan = json.loads(self._seal.open(values.pop("plan_sealed"))["plan"])
+        status, stages = BuildStatus(values.pop("status")), tuple(values.pop("stages"))
+        return Build(**values, plan=plan, status=status, stages=stages)
+
+
+class UploadTable:
+    """See core.contracts.store.UploadRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, upload: Upload) -> None:
+        """See core.contracts.store.UploadRows.add."""
+        await self._connection.execute(insert(t.uploads).values(vars(upload)))
+
+    async def find(self, org_id: str, upload_id: str) -> Upload | None:
+        """See core.contracts.store.UploadRows.find."""
+        c = t.uploads.c
+        found = await self._connection.execute(
+            select(t.uploads).where(c.id == upload_id, c.org_id == org_id)
+        )
+        row = found.mappings().first()
+        return None if row is None else Upload(**row)
+
+    async def kept(self, org_id: str) -> Kept:
+        """See core.contracts.store.UploadRows.kept."""
+        c = t.uploads.c
+        return await _kept(self._connection, c.size_bytes, c.org_id == org_id)
+
+    async def old(self, server_id: str, *, before: datetime) -> list[Upload]:
+        """See core.contracts.store.UploadRows.old."""
+        c = t.uploads.c
+        found = await self._connection.execute(
+            select(t.uploads).where(c.server_id == server_id, c.created_at < before)
+        )
+        return [Upload(**row) for row in found.mappings()]
+
+    async def remove(self, upload_id: str) -> None:
+        """See core.contracts.store.UploadRows.remove."""
+        await self._connection.execute(delete(t.uploads).where(t.uploads.c.id == upload_id))
+
+
+def _of(table: Any, org_id: str, slug: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return table.c.org_id == org_id, table.c.slug == slug
+
+
+def _until(lasts: timedelta) -> Any:
+    return t.now() + lasts // timedelta(microseconds=1)
+
+
+async def _kept(connection: Connection, size: Any, *which: ColumnElement[bool]) -> Kept:
+    found = await connection.execute(
+        select(
+            func.count().label("count"),
+            cast(func.coalesce(func.sum(size), 0), BigInteger).label("size_bytes"),
+        ).where(*which)
+    )
+    return Kept(**found.mappings().one())

@@ -1,0 +1,92 @@
+"""A bootable image: a folder with everything that its machines share."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOTS = ("tools.erofs", "root.erofs")
+
+
+@dataclass(frozen=True)
+class Image:
+    """A bootable image: read-only, and shared by all its machines."""
+
+    digest: str
+    folder: Path
+    os: str
+    size_bytes: int
+    created_at: datetime
+    inputs: Mapping[str, str]
+    has_acpi: bool = True
+    """Whether its kernel finds devices by ACPI."""
+
+    @property
+    def arguments(self) -> str:
+        """The kernel arguments in addition to those of every machine."""
+        return self.inputs.get("kernelArguments", "")
+
+    @property
+    def has_own_kernel(self) -> bool:
+        """Whether its kernel is an operator's instead of its distribution's."""
+        return bool(self.inputs.get("kernel"))
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The read-only disks, in their order: our tools, and the template's root file system. An
+        image of an earlier version has both in one."""
+        together = self.folder / "base.ext4"
+        if together.exists():
+            return (together,)
+        return tuple(self.folder / name for name in ROOTS)
+
+    @property
+    def kernel(self) -> Path:
+        """The kernel: a bzImage, or an ELF file."""
+        return self.folder / "vmlinuz"
+
+    @property
+    def initrd(self) -> Path:
+        """The initramfs."""
+        return self.folder / "initrd"
+
+
+def write_manifest(
+    folder: Path, *, os: str, size_bytes: int, inputs: Mapping[str, str], has_acpi: bool = True
+) -> None:
+    """Write the manifest that makes a folder an image."""
+    (folder / "manifest.json").write_text(
+        json.dumps(
+            {
+                "os": os,
+                "sizeBytes": size_bytes,
+                "createdAt": datetime.now(UTC).isoformat(),
+                "inputs": dict(inputs),
+                "hasAcpi": has_acpi,
+            },
+            indent=1,
+        )
+    )
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def read_image(folder: Path, load: Callable[[Path], Any] = _load) -> Image | None:
+    """Return the image in a folder if it exists and is complete. `load` reads its manifest."""
+    try:
+        manifest = load(folder / "manifest.json")
+    except OSError:
+        return None
+    return Image(
+        digest=folder.name,
+        folder=folder,
+        os=manifest["os"],
+        size_bytes=manifest["sizeBytes"],
+        created_at=datetime.fromisoformat(manifest["createdAt"]),
+        inputs=manifest["inputs"],
+        has_acpi=manifest.get("hasAcpi", True),
+    )

@@ -1,0 +1,226 @@
+"""Versions of templates that users built: root file systems by content, and images made of them.
+
+    versions/<digest>/        root.erofs, about.json: never changed
+    versions/images/<digest>/ links to the root and to the runtime it boots with, and a manifest
+
+A version has no kernel, initramfs or tools of its own. They are the runtime, an image of the
+operator's; a new one makes new images of all versions, and no version is built anew. The host never
+opens a root file system: a machine packed it, and machines mount it.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from sandyard.server.core.codec import CodecError, decode, encode
+from sandyard.server.core.contracts.node import VersionFact, version_name
+from sandyard.server.core.errors import InvalidArgumentError, NoCapacityError
+from sandyard.server.core.records import VersionAbout
+from sandyard.server.node.images.definitions import Definition, Source
+from sandyard.server.node.images.image import Image, read_image, write_manifest
+from sandyard.server.tasks import in_thread
+
+_MAGIC = b"\xe2\xe1\xf5\xe0"  # of EROFS, at byte 1024 (kernel documentation, "EROFS")
+_MAGIC_AT = 1024
+_HOLE = 64 * 1024
+_PART = ".part-"
+
+
+class Versions:
+    """The versions under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, Definition] = {}
+
+    @property
+    def images_dir(self) -> Path:
+        """The folder of the images that were made of versions."""
+        return self._folder / "images"
+
+    def names(self) -> list[str]:
+        """Return the names of all versions (`contracts.node.version_name`)."""
+        found = []
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            if path != self.images_dir and not path.name.startswith("."):
+                definition = self._definition(path.name)
+                found += [] if definition is None else [definition.slug]
+        return sorted(found)
+
+    def definition(self, name: str) -> Definition | None:
+        """Return what is known of a version, by its name."""
+        _, _, digest = name.partition("@")
+        found = self._definition(digest) if digest.isalnum() else None
+        return found if found is not None and found.slug == name else None
+
+    def _definition(self, digest: str) -> Definition | None:
+        known = self._known.get(digest)
+        if known is not None:
+            return known
+        try:
+            told = json.loads((self._folder / digest / "about.json").read_text())
+            about = decode(VersionAbout, told["about"])
+        except (OSError, ValueError, KeyError, CodecError):
+            return None
+        definition = self._known[digest] = _definition_of(about, digest)
+        return definition
+
+    def image(self, name: str, runtime: Image, load: Callable[[Path], Any]) -> Image | None:
+        """Return the image of a version with a runtime, which is made if necessary. `load` reads
+        manifests."""
+        definition = self.definition(name)
+        if definition is None:
+            return None
+        digest = sha256(f"{definition.digest} {runtime.digest}".encode()).hexdigest()[:24]
+        found = read_image(self.images_dir / digest, load)
+        if found is None:
+            self._make_image(definition, runtime, digest)
+            found = read_image(self.images_dir / digest, load)
+        return found
+
+    def _make_image(self, definition: Definition, runtime: Image, digest: str) -> None:
+        version = self._folder / definition.digest
+        self.images_dir.mkdir(mode=0o711, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=_PART, dir=self.images_dir))
+        try:
+            made.chmod(0o711)
+            for source in (runtime.kernel, runtime.initrd, runtime.roots[0]):
+                _link(source, made / source.name)
+            _link(version / "root.erofs", made / "root.erofs")
+            size = (version / "root.erofs").stat().st_blocks * 512
+            write_manifest(
+                made,
+                os=definition.sources[0].os,
+                size_bytes=size,
+                inputs={**runtime.inputs, "version": definition.digest, "runtime": runtime.digest},
+                has_acpi=runtime.has_acpi,
+            )
+            made.rename(self.images_dir / digest)
+        except OSError as error:
+            shutil.rmtree(made, ignore_errors=True)
+            # Another request may have made it meanwhile.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+
+    async def keep(
+        self, about: VersionAbout, pieces: AsyncIterator[bytes], *, size_max: int
+    ) -> VersionFact:
+        """Keep a root file system as it comes, and return the version.
+
+        Raises:
+            InvalidArgumentError: it is larger than `size_max`, or no EROFS.
+            NoCapacityError: the host's disk is full.
+        """
+        self._folder.mkdir(mode=0o711, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=_PART, dir=self._folder))
+        try:
+            root = part / "root.erofs"
+            content, size, head = sha256(), 0, b""
+            with root.open("xb") as file:
+                async for piece in pieces:
+                    size += len(piece)
+                    if size > size_max:
+                        raise InvalidArgumentError(
+                            "cannot keep the template: its files take more than "
+                            f"{size_max >> 20} MiB; remove some, or ask an operator for a higher "
+                            "limit"
+                        )
+                    head = (head + piece)[: _MAGIC_AT + 4] if len(head) < _MAGIC_AT + 4 else head
+                    content.update(piece)
+                    await in_thread(_write, file.fileno(), piece)
+                if head[_MAGIC_AT:] != _MAGIC:
+                    raise InvalidArgumentError(
+                        "cannot keep the template: what was packed is no file system"
+                    )
+                os.truncate(file.fileno(), size)
+                await in_thread(os.fsync, file.fileno())
+            told = {"about": encode(about), "root": content.hexdigest()}
+            digest = sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+            (part / "about.json").write_text(json.dumps(told, indent=1))
+            root.chmod(0o444)
+            part.chmod(0o711)
+            await in_thread(_sync, part / "about.json", part)
+            with contextlib.suppress(FileExistsError, OSError):  # it is here already
+                part.rename(self._folder / digest)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoCapacityError(
+                    "cannot keep the template: the host's disk is full"
+                ) from error
+            raise
+        finally:
+            await in_thread(shutil.rmtree, part, ignore_errors=True)
+        return VersionFact(version_name(about.slug, digest), content.hexdigest(), size)
+
+    def drop(self, name: str) -> None:
+        """Remove a version. Images that were made of it remain until `drop_images`."""
+        definition = self.definition(name)
+        if definition is not None:
+            self._known.pop(definition.digest, None)
+            shutil.rmtree(self._folder / definition.digest, ignore_errors=True)
+
+    def drop_images(self, *, but: set[str]) -> None:
+        """Remove images whose version is gone or that have another runtime by now, except those
+        `but` which machines need, and what killed processes left."""
+        for path in list(self.images_dir.iterdir()) if self.images_dir.is_dir() else ():
+            if path.name not in but:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in list(self._folder.glob(f"{_PART}*")) if self._folder.is_dir() else ():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _definition_of(about: VersionAbout, digest: str) -> Definition:
+    return Definition(
+        slug=version_name(about.slug, digest),
+        name=about.slug,
+        description="",
+        kind=about.kind,
+        defaults=about.defaults,
+        sources=(Source("", "", about.os, (), "", ()),),
+        packages=(),
+        node=None,
+        steps=(),
+        start=None,
+        warmup=tuple(about.warmup),
+        digest=digest,
+        env=about.env,
+        ready=about.ready,
+    )
+
+
+def _write(descriptor: int, piece: bytes) -> None:
+    """Write a piece, leaving holes for zeros."""
+    for start in range(0, len(piece), _HOLE):
+        chunk = piece[start : start + _HOLE]
+        if chunk.count(0) == len(chunk):
+            os.lseek(descriptor, len(chunk), os.SEEK_CUR)
+            continue
+        while chunk:
+            chunk = chunk[os.write(descriptor, chunk) :]
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make a hard link; across file systems, copy the file."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(source, target)
+        target.chmod(0o444)

@@ -1,0 +1,49 @@
+"""Builds the services about templates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandyard.server.core.contracts.node import NodeVersions
+from sandyard.server.service.builds.building import Building, BuildLimits
+from sandyard.server.service.builds.builds import Builds
+from sandyard.server.service.builds.uploads import Uploads
+from sandyard.server.service.sandboxes.build import SandboxServices
+from sandyard.server.service.sandboxes.platform import Platform
+
+
+@dataclass(frozen=True)
+class TemplateServices:
+    """The services; `building` is to be run."""
+
+    builds: Builds
+    uploads: Uploads
+    building: Building
+
+
+def build_templates(
+    platform: Platform,
+    *,
+    sandboxes: SandboxServices,
+    nodes: Mapping[str, NodeVersions],
+    uploads_dir: Path,
+    upload_max: int,
+    limits: BuildLimits,
+) -> TemplateServices:
+    """Return the services. Uploads are kept in `uploads_dir`."""
+    uploads = Uploads(platform, uploads_dir, size_max=upload_max)
+    return TemplateServices(
+        builds=Builds(platform, platform.templates, uploads),
+        uploads=uploads,
+        building=Building(
+            platform,
+            templates=platform.templates,
+            uploads=uploads,
+            creation=sandboxes.creation,
+            sandboxes=sandboxes.sandboxes,
+            processes=sandboxes.processes,
+            files=sandboxes.files,
+            nodes=nodes,
+            limits=limits,
+        ),
+    )

@@ -1,0 +1,288 @@
+"""Builds of templates: requested, listed, followed and cancelled. `building` carries them out."""
+
+import base64
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any, Final
+
+from sandyard.server.core.contracts.bus import Bus
+from sandyard.server.core.errors import (
+    ConflictError,
+    InvalidArgumentError,
+    LimitReachedError,
+    NotFoundError,
+)
+from sandyard.server.core.ids import is_uuid, new_uuid
+from sandyard.server.core.plans import Plan
+from sandyard.server.core.records import (
+    ACTIVE_BUILDS,
+    Build,
+    BuildLine,
+    BuildStatus,
+    Template,
+)
+from sandyard.server.core.shapes import Shape, shape_of
+from sandyard.server.service.actor import Actor, plan_of
+from sandyard.server.service.builds.plan import NewFile, NewTemplate, check_plan
+from sandyard.server.service.builds.uploads import Uploads
+from sandyard.server.service.lines import line
+from sandyard.server.service.repeats import Repeatable
+from sandyard.server.service.sandboxes.platform import Platform
+from sandyard.server.service.templates.templates import Templates
+
+WORK: Final = "builds"
+"""The topic of hints that some build wants work done."""
+BUILDER: Final = "builder"
+"""The hidden template in which images are unpacked."""
+LIST_MAX: Final = 100
+_DEFAULTS = Shape(1, 512, 5 * 1024)
+_PAGE = 500
+_SLICE_S = 1.0
+
+
+def topic_of(build_id: str) -> str:
+    """Return the topic of hints about one build."""
+    return f"build:{build_id}"
+
+
+class Builds:
+    """The builds of organizations."""
+
+    def __init__(self, platform: Platform, templates: Templates, uploads: Uploads) -> None:
+        self._store = platform.store
+        self._bus: Bus = platform.bus
+        self._clock = platform.clock
+        self._quota = platform.quota
+        self._repeats = platform.repeats
+        self._plans: Mapping[str, Plan] = platform.plans
+        self._templates = templates
+        self._uploads = uploads
+
+    async def create(
+        self, actor: Actor, wish: NewTemplate, *, request: Repeatable | None = None
+    ) -> Build:
+        """Request a new version of a template, which is created with its first one. A repeated
+        `request` returns the build that the first one requested.
+
+        Raises:
+            InvalidArgumentError: a value is invalid; `facts` name the field.
+            ConflictError: a template that the build needs is not built.
+            LimitReachedError: a limit of the organization's plan is reached.
+            QuotaExceededError: its credits do not suffice for about an hour of the build.
+        """
+        actor.require("template:write")
+        check_plan(wish)
+        async with self._repeats.turn(actor, request):
+            async with self._store.write(actor.org_id) as tx:
+                ids = await self._repeats.made_before(tx, actor, request)
+                made = await tx.builds.find(actor.org_id, ids[0]) if ids else None
+            if made is not None:
+                return made
+            build = await self._new(actor, wish)
+            async with self._store.write(actor.org_id) as tx:
+                template = await tx.templates.find(actor.org_id, wish.slug)
+                await self._check_limits(tx, actor, is_new=template is None)
+                now = self._clock.now()
+                if template is None:
+                    template = Template(actor.org_id, wish.slug, wish.slug, "", now, now)
+                build = replace(build, number=template.last_number + 1)
+                await tx.templates.put(
+                    replace(
+                        template,
+                        name=wish.name or template.name,
+                        description=(
+                            template.description if wish.description is None else wish.description
+                        ),
+                        updated_at=now,
+                        last_number=build.number,
+                    )
+                )
+                await tx.builds.add(build)
+                await tx.activity.append(
+                    line(
+                        "template.build",
+                        "Template build requested",
+                        org_id=actor.org_id,
+                        actor=actor,
+                        resource_id=build.id,
+                        at=now,
+                        status=build.status.value,
+                        attributes={"template": wish.slug, "version": build.number},
+                    )
+                )
+                await self._repeats.note(tx, actor, request, (build.id,))
+        self._bus.hint(WORK)
+        return build
+
+    async def _new(self, actor: Actor, wish: NewTemplate) -> Build:
+        if await self._templates.is_reserved(wish.slug):
+            raise InvalidArgumentError(
+                f"cannot build {wish.slug}: it is a template of the installation; choose another "
+                "slug",
+                field="slug",
+            )
+        base, defaults = wish.base, _DEFAULTS
+        if base is None:
+            await self._templates.shipped.ready(BUILDER)
+        else:
+            try:
+                chosen = await self._templates.choose(actor, base)
+            except InvalidArgumentError as error:
+                raise InvalidArgumentError(error.text, field="base") from error
+            base, defaults = chosen.name, chosen.defaults
+        shape = shape_of(defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
+        self._quota.check_shape(actor, shape)
+        uploads = [
+            await self._uploads.find(actor, upload_id, field=name)
+            for name, upload_id in (("upload", wish.upload), ("context", wish.context))
+            if upload_id is not None
+        ]
+        plan = written(replace(wish, base=base)) | {"shape": asdict(shape)}
+        return Build(
+            id=new_uuid(),
+            org_id=actor.org_id,
+            slug=wish.slug,
+            number=0,
+            owner_user_id=actor.user_id,
+            status=BuildStatus.QUEUED,
+            created_at=self._clock.now(),
+            plan=plan,
+            by=_by(actor),
+            server_id=uploads[0].server_id if uploads else None,
+        )
+
+    async def _check_limits(self, tx: Any, actor: Actor, *, is_new: bool) -> None:
+        plan = plan_of(self._plans, actor)
+        kept = await tx.versions.kept(actor.org_id)
+        count = len(await tx.templates.of(actor.org_id)) if is_new else 0
+        for name, has, limit, hint in (
+            ("builds", await tx.builds.active(actor.org_id), plan.builds, "wait for one to end"),
+            ("templates", count, plan.templates if is_new else None, "delete one"),
+            ("template_versions", kept.count, plan.template_versions, "delete some"),
+            (
+                "template_gb",
+                kept.size_bytes / 2**30,
+                plan.template_gb,
+                "delete versions that are not needed",
+            ),
+        ):
+            if limit is not None and has >= limit:
+                raise LimitReachedError(
+                    f"cannot build another version: the organization's plan allows {limit} "
+                    f"{{limit}}; {hint}, or ask an operator for a higher limit",
+                    limit=name,
+                    allowed=limit,
+                    used=int(has),
+                )
+
+    async def get(self, actor: Actor, slug: str, build_id: str) -> Build:
+        """Return a build.
+
+        Raises:
+            NotFoundError: there is none of this template.
+        """
+        found = None
+        if is_uuid(build_id):
+            async with self._store.read() as tx:
+                found = await tx.builds.find(actor.org_id, build_id)
+        if found is None or found.slug != slug:
+            raise NotFoundError(f"cannot find the build {build_id[:80]!r} of {slug[:80]!r}")
+        return found
+
+    async def list(self, actor: Actor, slug: str) -> list[Build]:
+        """Return the latest builds of a template, newest first.
+
+        Raises:
+            NotFoundError: there is no such template.
+        """
+        await self._templates.own(actor, slug)
+        async with self._store.read() as tx:
+            return await tx.builds.page(actor.org_id, slug, limit=LIST_MAX)
+
+    async def cancel(self, actor: Actor, slug: str, build_id: str) -> Build:
+        """Request that a build is cancelled; it ends soon.
+
+        Raises:
+            NotFoundError: see `get`.
+            ConflictError: it has ended.
+        """
+        actor.require("template:write")
+        build = await self.get(actor, slug, build_id)
+        async with self._store.write(actor.org_id) as tx:
+            if not await tx.builds.cancel(actor.org_id, build_id):
+                raise ConflictError(
+                    f"cannot cancel the build {build_id}: it has ended", status=build.status.value
+                )
+        self._bus.hint(topic_of(build_id))
+        self._bus.hint(WORK)
+        return await self.get(actor, slug, build_id)
+
+    async def lines(
+        self, actor: Actor, slug: str, build_id: str | None, *, after: int
+    ) -> AsyncIterator[BuildLine | Build]:
+        """Yield the log of a build, or of the last one for None, as it is written, and finally the
+        build once it has ended.
+
+        Raises:
+            NotFoundError: there is no such build.
+        """
+        if build_id is None:
+            builds = await self.list(actor, slug)
+            if not builds:
+                raise NotFoundError(f"cannot find a build of the template {slug[:80]!r}")
+            build_id = builds[0].id
+        with self._bus.subscribe(topic_of(build_id)) as changes:
+            while True:
+                # Before the lines: one that has ended writes no more.
+                build = await self.get(actor, slug, build_id)
+                async with self._store.read() as tx:
+                    found = await tx.builds.read(build_id, after=after, limit=_PAGE)
+                for one in found:
+                    after = one.number
+                    yield one
+                if not found and build.status not in ACTIVE_BUILDS:
+                    yield build
+                    return
+                if len(found) < _PAGE:
+                    await changes.wait(_SLICE_S)
+
+
+def written(wish: NewTemplate) -> dict[str, object]:
+    """Return a request as JSON values."""
+    values = asdict(wish)
+    values["files"] = [
+        {"path": one.path, "mode": one.mode, "data": base64.b64encode(one.data).decode()}
+        for one in wish.files
+    ]
+    return values
+
+
+def read(plan: Mapping[str, Any]) -> tuple[NewTemplate, Shape]:
+    """Return the request that `written` wrote, and the default shape of what it builds."""
+    values: dict[str, Any] = dict(plan)
+    shape = Shape(**values.pop("shape"))
+    files = tuple(
+        NewFile(one["path"], base64.b64decode(one["data"]), one["mode"])
+        for one in values.pop("files")
+    )
+    values |= {name: tuple(values[name]) for name in ("apt", "pip", "npm", "run")}
+    return NewTemplate(**values, files=files), shape
+
+
+def _by(actor: Actor) -> dict[str, object]:
+    return {
+        "role": actor.role,
+        "kind": actor.kind,
+        "key_id": actor.key_id,
+        "key_generation": actor.key_generation,
+        "is_test": actor.is_test,
+        "plan": actor.plan,
+        "limits": dict(actor.limits),
+    }
+
+
+def actor_of(build: Build) -> Actor:
+    """Return the actor for the sandboxes of a build."""
+    by: Any = dict(build.by)
+    scopes = frozenset({"sandbox:create", "sandbox:read", "sandbox:write"})
+    return Actor(org_id=build.org_id, user_id=build.owner_user_id, scopes=scopes, **by)
