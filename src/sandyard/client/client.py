@@ -374,7 +374,11 @@ class Sandbox(SandboxFacts):
         line = calls.line_of(command)
         if calls.is_too_long(line):
             path = calls.new_script()
-            self.files_as(user).write(path, line, mode="0600")
+            self.files_as(user or "root").write(
+                path,
+                line,
+                mode="0600" if user else "0644",  # whoever the template's user is
+            )
             line = calls.line_from_file(path)
         is_quiet = on_stdout is None and on_stderr is None
         if is_quiet and timeout_s is not None and calls.is_one_request(timeout_s, stdin):

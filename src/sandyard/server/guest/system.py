@@ -119,14 +119,21 @@ def find_account(root_fd: int, user: str) -> Account:
     if user in ("root", "0"):
         # Root must be reachable in a machine whose /etc/passwd is damaged.
         return Account("root", 0, 0, "/root", "/bin/bash", (0,))
-    for line in _read_small(root_fd, "etc/passwd").splitlines():
+    is_number = user.isascii() and user.isdigit() and int(user) < _ID_MAX
+    try:
+        passwd = _read_small(root_fd, "etc/passwd")
+    except RefusedError:
+        if not is_number:
+            raise
+        passwd = ""  # an image of one program may have none
+    for line in passwd.splitlines():
         fields = line.split(":")
         if len(fields) == 7 and user in (fields[0], fields[2]):
             with contextlib.suppress(ValueError):
                 name, uid, gid = fields[0], int(fields[2]), int(fields[3])
                 groups = (gid, *_groups_of(root_fd, name))
                 return Account(name, uid, gid, fields[5] or "/", fields[6] or "/bin/sh", groups)
-    if user.isascii() and user.isdigit() and int(user) < _ID_MAX:
+    if is_number:
         # Any number can be a process's, as with `docker run --user`.
         return Account(user, int(user), int(user), "/", "/bin/sh", (int(user),))
     raise NoUserError(f"cannot run as {user}: there is no such user in the sandbox")

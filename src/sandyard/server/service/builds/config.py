@@ -48,6 +48,7 @@ def read_config(data: bytes) -> ImageConfig:
     """
     try:
         whole = json.loads(data)
+        whole = whole.get("Docker", whole)  # as buildah tells it
         config = whole.get("config") or {}
         if not isinstance(config, dict):
             raise TypeError("config is not an object")

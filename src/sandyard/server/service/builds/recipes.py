@@ -71,8 +71,7 @@ hard() {{ ulimit -H "$1"; }}
 buildah --storage-driver overlay bud --format docker --layers --isolation chroot --network host \\
     --ulimit "nofile=$(hard -n):$(hard -n)" --ulimit "nproc=$(hard -u):$(hard -u)" \\
     --file Dockerfile --tag build context
-buildah --storage-driver overlay inspect --type image --format '{{{{json .Docker}}}}' build \\
-    >config.json
+buildah --storage-driver overlay inspect --type image build >config.json
 container=$(buildah --storage-driver overlay from --pull=never localhost/build)
 ln -s "$(buildah --storage-driver overlay mount "$container")" tree
 """
