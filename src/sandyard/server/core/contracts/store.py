@@ -43,6 +43,7 @@ from sandyard.server.core.records import (
     Upload,
     UsagePeriod,
     User,
+    VersionAbout,
     Workspace,
 )
 from sandyard.server.core.states import Status
@@ -888,6 +889,14 @@ class VersionRows(Protocol):
 
     async def is_kept(self, version: TemplateVersion) -> bool:
         """Tell whether a version that is not removed has the same slug and digest."""
+        ...
+
+    async def is_used(self, version: TemplateVersion) -> bool:
+        """Tell whether a sandbox or a snapshot needs a version."""
+        ...
+
+    async def about(self, org_id: str, slug: str, digest: str) -> VersionAbout | None:
+        """Return what belongs to a version, removed or not."""
         ...
 
     async def forget(self, version: TemplateVersion) -> None:

@@ -9,16 +9,19 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    and_,
     cast,
     delete,
     func,
     insert,
     or_,
     select,
+    text,
     update,
 )
 
 from sandyard.server.core.codec import decode, encode
+from sandyard.server.core.contracts.node import version_name
 from sandyard.server.core.records import (
     Build,
     BuildLine,
@@ -140,6 +143,34 @@ class VersionTable:
         )
         return found.first() is not None
 
+    async def is_used(self, version: TemplateVersion) -> bool:
+        """See core.contracts.store.VersionRows.is_used."""
+        name = version_name(version.slug, version.digest)
+        live = and_(t.sandboxes.c.org_id == version.org_id, text(t.LIVE))
+        for wanted in (
+            select(t.sandboxes.c.id).where(live, t.sandboxes.c.template == name),
+            select(t.snapshots.c.id).where(
+                t.snapshots.c.org_id == version.org_id, t.snapshots.c.template == name
+            ),
+        ):
+            if (await self._connection.execute(wanted.limit(1))).first() is not None:
+                return True
+        return False
+
+    async def about(self, org_id: str, slug: str, digest: str) -> VersionAbout | None:
+        """See core.contracts.store.VersionRows.about."""
+        c = t.template_versions.c
+        found = await self._connection.execute(
+            select(c.about_sealed)
+            .where(*_of(t.template_versions, org_id, slug), c.digest == digest)
+            .limit(1)
+        )
+        row = found.first()
+        return None if row is None else self._about(row.about_sealed)
+
+    def _about(self, sealed: str) -> VersionAbout:
+        return decode(VersionAbout, json.loads(self._seal.open(sealed)["about"]))
+
     async def forget(self, version: TemplateVersion) -> None:
         """See core.contracts.store.VersionRows.forget."""
         c = t.template_versions.c
@@ -156,8 +187,8 @@ class VersionTable:
         versions = []
         for row in found.mappings():
             values = dict(row)
-            about = json.loads(self._seal.open(values.pop("about_sealed"))["about"])
-            versions.append(TemplateVersion(**values, about=decode(VersionAbout, about)))
+            about = self._about(values.pop("about_sealed"))
+            versions.append(TemplateVersion(**values, about=about))
         return versions
 
 

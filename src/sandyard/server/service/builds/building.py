@@ -185,6 +185,8 @@ class Building:
         for version in removed:
             async with self.store.read() as tx:
                 is_kept = await tx.versions.is_kept(version)
+                if not is_kept and await tx.versions.is_used(version):
+                    continue
             if is_kept or await self.drop(version_name(version.slug, version.digest)):
                 async with self.store.write(version.org_id) as tx:
                     await tx.versions.forget(version)
@@ -422,9 +424,9 @@ class _Job:
         finally:
             await to_the_end(self._delete(sandbox.id))
 
-    async def _delete(self, reference: str) -> None:
+    async def _delete(self, reference: str, *, wait: bool = False) -> None:
         try:
-            await self._house.sandboxes.delete(self._actor, reference, wait=False)
+            await self._house.sandboxes.delete(self._actor, reference, wait=wait)
         except NotFoundError:
             pass
         except SandyardError as error:  # it is deleted at its end
@@ -568,7 +570,7 @@ class _Job:
     async def _clean_up(self) -> None:
         """Remove what an earlier attempt left."""
         house, build = self._house, self._build
-        await self._delete(_name_of(build))
+        await self._delete(_name_of(build), wait=True)
         for name in build.stages:
             await house.drop(name)
         if build.stages or build.sandbox_id:

@@ -160,8 +160,7 @@ class Templates:
         known = self._known.get((org_id, name))
         if known is None:
             async with self._store.read() as tx:
-                versions = await tx.versions.of(org_id, slug)
-            found = next((one.about for one in versions if one.digest == digest), None)
+                found = await tx.versions.about(org_id, slug, digest)
             if found is None:
                 return None
             if len(self._known) >= _KNOWN_MAX:
