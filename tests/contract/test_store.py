@@ -41,6 +41,9 @@ from sandyard.server.core.records import (
     ActivityQuery,
     ApiKey,
     AutoTopup,
+    Build,
+    BuildLine,
+    BuildStatus,
     InUse,
     JoinedNode,
     KeyedRequest,
@@ -63,9 +66,13 @@ from sandyard.server.core.records import (
     SshKey,
     Standing,
     StoragePeriod,
+    Template,
+    TemplateVersion,
     Ticket,
+    Upload,
     UsagePeriod,
     User,
+    VersionAbout,
     Workspace,
 )
 from sandyard.server.core.shapes import Shape, ShapeSeconds
@@ -1455,6 +1462,119 @@ async def test_a_ticket_is_taken_once_or_found_again_and_again(store: Store) -> 
         await tx.tickets.forget(before=NOW + timedelta(seconds=1))
         assert await tx.tickets.find(ticket.digest) is None
         assert await tx.tickets.find("e" * 64) is not None
+
+
+ABOUT = VersionAbout("t", "Alpine", "headless", Shape(1, 512, 1024), {"KEY": "secret"}, "me", "/")
+
+
+def version(number: int, **changes: Any) -> TemplateVersion:
+    plain = TemplateVersion(
+        ORG, "t", number, f"d{number}", "r" * 64, 100, ABOUT, {"image": "x"}, new_uuid(), NOW
+    )
+    return replace(plain, **changes)
+
+
+async def test_templates_and_their_versions(store: Store) -> None:
+    mine = Template(ORG, "t", "T", "", NOW, NOW, {"latest": 1}, 1)
+    theirs = replace(mine, org_id=OTHER)
+    first, second, third = version(1), version(2), version(3, org_id=OTHER)
+    async with store.write(ORG) as tx:
+        for one in (mine, replace(mine, slug="a"), theirs):
+            await tx.templates.put(one)
+        for version_ in (first, second, third):
+            await tx.versions.add(version_)
+        mine = replace(mine, name="U", tags={"latest": 2, "x": 1}, last_number=2)
+        await tx.templates.put(mine)
+    async with store.read() as tx:
+        assert await tx.templates.find(ORG, "t") == mine
+        assert await tx.templates.find(ORG, "nothing") is None
+        assert [one.slug for one in await tx.templates.of(ORG)] == ["a", "t"]
+        assert await tx.versions.of(ORG, "t") == [second, first]
+        assert (await tx.versions.kept(ORG)).count == 2
+        assert (await tx.versions.kept(ORG)).size_bytes == 200
+        assert await tx.versions.about(ORG, "t", "d1") == ABOUT
+        assert await tx.versions.about(ORG, "t", "d3") is None
+        assert await tx.versions.removed() == []
+        assert not await tx.versions.is_used(first)
+    await insert(store, sandbox(template="t@d1", status=Status.RUNNING))
+    await insert(store, sandbox(template="t@d2", status=Status.DESTROYED))
+    async with store.write(ORG) as tx:
+        assert await tx.versions.remove(second, at=NOW)
+        assert not await tx.versions.remove(second, at=NOW)
+        assert await tx.versions.of(ORG, "t") == [first]
+        assert not await tx.versions.is_kept(second)
+        assert await tx.versions.is_kept(first)
+        assert await tx.versions.is_used(first)
+        assert not await tx.versions.is_used(second)
+        await tx.versions.forget(first)  # it is not removed
+        assert await tx.templates.remove(ORG, "t", at=NOW)
+        assert not await tx.templates.remove(ORG, "t", at=NOW)
+        removed = await tx.versions.removed()
+        assert {one.build_id for one in removed} == {first.build_id, second.build_id}
+        assert await tx.versions.about(ORG, "t", "d1") == ABOUT
+        await tx.versions.forget(second)
+        assert [one.build_id for one in await tx.versions.removed()] == [first.build_id]
+        assert await tx.versions.of(OTHER, "t") == [third]
+        assert await tx.templates.find(OTHER, "t") == theirs
+
+
+def build(**changes: Any) -> Build:
+    plain = Build(
+        new_uuid(), ORG, "t", 1, USER, BuildStatus.QUEUED, NOW, {"run": ["secret"]}, {"role": "x"}
+    )
+    return replace(plain, **changes)
+
+
+async def test_a_build_is_worked_on_by_one_server_at_a_time(store: Store) -> None:
+    later = NOW + timedelta(seconds=1)
+    first, second = build(), build(number=2, created_at=later, server_id="b")
+    async with store.write(ORG) as tx:
+        for one in (second, first):
+            await tx.builds.add(one)
+    async with store.write(Turn.SHARED) as tx:
+        assert await tx.builds.claim("a", lease="1", lasts=HALF_A_MINUTE) == first
+        # The other needs what is on another server.
+        assert await tx.builds.claim("a", lease="2", lasts=HALF_A_MINUTE) is None
+        assert await tx.builds.claim("b", lease="3", lasts=OVER) == second
+        assert await tx.builds.claim("b", lease="4", lasts=HALF_A_MINUTE) == second
+        working = replace(first, status=BuildStatus.BUILDING, phase="x", stages=("t@1",), lines=2)
+        assert await tx.builds.save(working, lease="1", lasts=HALF_A_MINUTE) == working
+        assert await tx.builds.save(working, lease="0", lasts=HALF_A_MINUTE) is None
+        assert await tx.builds.cancel(ORG, first.id)
+        assert not await tx.builds.cancel(OTHER, first.id)
+        cancelled = replace(working, is_cancelled=True)
+        assert await tx.builds.save(working, lease="1", lasts=HALF_A_MINUTE) == cancelled
+        assert await tx.builds.active(ORG) == 2
+        ended = replace(working, status=BuildStatus.CANCELLED, ended_at=NOW, error="why")
+        assert await tx.builds.save(ended, lease="1", lasts=None) is not None
+        assert not await tx.builds.cancel(ORG, first.id)
+        assert await tx.builds.claim("a", lease="5", lasts=HALF_A_MINUTE) is None
+    async with store.read() as tx:
+        assert await tx.builds.active(ORG) == 1
+        assert await tx.builds.find(ORG, first.id) == replace(ended, is_cancelled=True)
+        assert await tx.builds.find(OTHER, first.id) is None
+        assert [one.number for one in await tx.builds.page(ORG, "t", limit=9)] == [2, 1]
+        assert [one.number for one in await tx.builds.page(ORG, "t", limit=1)] == [2]
+
+
+async def test_the_log_of_a_build_and_uploads(store: Store) -> None:
+    lines = [BuildLine(number, NOW, "run", f"{number} ünï") for number in range(1, 5)]
+    upload = Upload(new_uuid(), ORG, USER, "server", 10, "d" * 64, NOW)
+    async with store.write(Turn.SHARED) as tx:
+        await tx.builds.append("x", lines)
+        await tx.uploads.add(upload)
+    async with store.write(Turn.SHARED) as tx:
+        assert await tx.builds.read("x", after=0, limit=2) == lines[:2]
+        assert await tx.builds.read("x", after=2, limit=9) == lines[2:]
+        assert await tx.builds.read("y", after=0, limit=9) == []
+        assert await tx.uploads.find(ORG, upload.id) == upload
+        assert await tx.uploads.find(OTHER, upload.id) is None
+        assert (await tx.uploads.kept(ORG)).size_bytes == 10
+        assert await tx.uploads.old("server", before=NOW) == []
+        assert await tx.uploads.old("server", before=NOW + HALF_A_MINUTE) == [upload]
+        assert await tx.uploads.old("other", before=NOW + HALF_A_MINUTE) == []
+        await tx.uploads.remove(upload.id)
+        assert await tx.uploads.find(ORG, upload.id) is None
 
 
 async def test_workspaces_are_found_changed_and_forgotten(store: Store) -> None:

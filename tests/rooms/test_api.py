@@ -14,7 +14,8 @@ from sandyard.server.core.states import Status
 from sandyard.server.service.readiness import Readiness
 
 FIELDS = {
-    "id", "name", "status", "tags", "template", "ownerUserId", "ownerDisplayName", "ownerEmail",
+    "id", "name", "status", "tags", "template", "templateDigest", "ownerUserId",
+    "ownerDisplayName", "ownerEmail",
     "projectId", "mounts", "hasWritableWorkspaceMount", "sshReady", "vncReady", "ip", "publicIp",
     "sshAccessConfigured", "sshAuthMethod", "vncUrl", "resources", "createdAt",
     "updatedAt", "startedAt", "pausedAt", "lastActivityAt", "lastActivityKind", "idleTimeout",
@@ -585,7 +586,7 @@ async def test_head_is_get_without_its_body(yard: Yard) -> None:
 
 async def test_what_is_not_built_yet_says_so_and_not_that_it_is_gone(yard: Yard) -> None:
     for method, path in (
-        ("POST", "/v1/templates"), ("GET", "/v1/templates/x/logs"), ("GET", "/v1/x"),
+        ("POST", "/v1/registry-credentials"), ("GET", "/v1/x"),
     ):  # fmt: skip
         answer = await yard.client.request(method, path)
         wanted = (404, "not_found") if path == "/v1/x" else (501, "not_implemented")

@@ -318,7 +318,7 @@ _BY_KIND: Mapping[str, type[SandyardError]] = MappingProxyType(
     {
         kind.__name__: kind
         for kind in (*_BY_CODE.values(), GuestNotFoundError, OvertakenError, MachineDeadError,
-                     AgentSilentError, OtherVersionError)
+                     AgentSilentError, OtherVersionError, NotReadyError)
     }
 )  # fmt: skip
 

@@ -714,12 +714,7 @@ builds = Table(
     Column("lease_token", Text),
     Column("lease_until", Moment),
     Index("ix_builds_slug", "org_id", "slug", "created_at", "id"),
-    Index(
-        "ix_builds_active",
-        "org_id",
-        sqlite_where=text("ended_at IS NULL"),
-        postgresql_where=text("ended_at IS NULL"),
-    ),
+    Index("ix_builds_active", "ended_at", "org_id"),
 )
 
 build_lines = Table(

@@ -81,6 +81,9 @@ ln -s "$(buildah --storage-driver overlay mount "$container")" tree
 _INSIDE = """
 set -eu
 b=/.sandyard/busybox
+for one in proc sys dev run tmp; do
+    [ ! -L "/$one" ] || $b rm "/$one"  # something is mounted there
+done
 for one in proc sys dev run tmp etc root workspace usr/lib/sandyard; do
     [ -d "/$one" ] || $b mkdir -p "/$one"
 done

@@ -130,13 +130,14 @@ class Reach:
                 sandbox = await self._power.running(
                     await attempts.next(), actor, doing=use.doing, until=until
                 )
+                asked = await self._completed(sandbox, operation)
+                if asked is not operation:
+                    use = _told(use, asked)
                 # First, so that nothing happens that the audit log cannot record, and nothing
                 # happens twice if the caller tries again.
                 if not await self._is_noted(actor, sandbox, use):
                     continue
-                opening = self._tunnel.open(
-                    ref_of(sandbox), await self._completed(sandbox, operation)
-                )
+                opening = self._tunnel.open(ref_of(sandbox), asked)
                 try:
                     opened = await held.enter_async_context(opening)
                 except ConflictError:
@@ -259,6 +260,12 @@ async def make_folder(
     wish = MakeFolder(path.encode(), parents=True, owner=user)
     async with reach.open(actor, reference, wish, replace(use, is_in_feed=False)):
         pass
+
+
+def _told(use: Use, operation: Any) -> Use:
+    """Return a use that also tells the user and the directory of a program."""
+    told = {"user": operation.user, "cwd": operation.cwd}
+    return replace(use, attributes={**told, **use.attributes})
 
 
 def _is_fresh(sandbox: Sandbox, use: Use, now: datetime) -> bool:

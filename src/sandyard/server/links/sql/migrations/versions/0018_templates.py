@@ -89,10 +89,7 @@ def _builds() -> None:
         sa.Column("lease_until", sa.BigInteger()),
     )
     op.create_index("ix_builds_slug", "builds", ["org_id", "slug", "created_at", "id"])
-    active = sa.text("ended_at IS NULL")
-    op.create_index(
-        "ix_builds_active", "builds", ["org_id"], sqlite_where=active, postgresql_where=active
-    )
+    op.create_index("ix_builds_active", "builds", ["ended_at", "org_id"])
     op.create_table(
         "build_lines",
         sa.Column("build_id", sa.String(36), primary_key=True),
