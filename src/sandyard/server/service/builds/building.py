@@ -367,7 +367,7 @@ class _Job:
             command |= {"env": env, "user": user, "workdir": workdir}
             data = json.dumps(command).encode()
             await self._write(box, recipes.COMMAND_FILE, _once(data))
-        await self._shell(box, recipe)
+        await self._shell(box, recipe, {"WORKDIR": workdir})
         release = await self._read(box, recipes.OS_FILE, _OS_MAX)
         about = replace(
             about,

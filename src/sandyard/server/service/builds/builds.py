@@ -130,8 +130,12 @@ class Builds:
             except InvalidArgumentError as error:
                 raise InvalidArgumentError(error.text, field="base") from error
             base, defaults = chosen.name, chosen.defaults
-        shape = shape_of(defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
-        self._quota.check_shape(actor, shape)
+        try:
+            shape = shape_of(defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
+            self._quota.check_shape(actor, shape)
+        except InvalidArgumentError as error:
+            told = str(error.facts.get("field", "")).replace("resources.", "defaults.")
+            raise InvalidArgumentError(error.text, **{**error.facts, "field": told}) from error
         uploads = [
             await self._uploads.find(actor, upload_id, field=name)
             for name, upload_id in (("upload", wish.upload), ("context", wish.context))

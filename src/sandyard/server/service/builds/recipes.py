@@ -87,6 +87,7 @@ done
 for one in proc sys dev run tmp etc root workspace usr/lib/sandyard; do
     [ -d "/$one" ] || $b mkdir -p "/$one"
 done
+if [ -n "$WORKDIR" ]; then $b mkdir -p "$WORKDIR"; fi
 $b chmod 1777 /tmp
 $b rm -rf /etc/resolv.conf /etc/machine-id /etc/hostname /etc/inittab \
     /usr/lib/sandyard/command.json
