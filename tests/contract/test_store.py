@@ -1537,17 +1537,19 @@ async def test_a_build_is_worked_on_by_one_server_at_a_time(store: Store) -> Non
         assert await tx.builds.claim("a", lease="2", lasts=HALF_A_MINUTE) is None
         assert await tx.builds.claim("b", lease="3", lasts=OVER) == second
         assert await tx.builds.claim("b", lease="4", lasts=HALF_A_MINUTE) == second
+        # Only whoever begins it has the plan again.
+        first = replace(first, plan={})
         working = replace(first, status=BuildStatus.BUILDING, phase="x", stages=("t@1",), lines=2)
         assert await tx.builds.save(working, lease="1", lasts=HALF_A_MINUTE) == working
         assert await tx.builds.save(working, lease="0", lasts=HALF_A_MINUTE) is None
-        assert await tx.builds.cancel(ORG, first.id)
-        assert not await tx.builds.cancel(OTHER, first.id)
+        assert await tx.builds.cancel(ORG, first.id, at=NOW)
+        assert not await tx.builds.cancel(OTHER, first.id, at=NOW)
         cancelled = replace(working, is_cancelled=True)
         assert await tx.builds.save(working, lease="1", lasts=HALF_A_MINUTE) == cancelled
         assert await tx.builds.active(ORG) == 2
         ended = replace(working, status=BuildStatus.CANCELLED, ended_at=NOW, error="why")
         assert await tx.builds.save(ended, lease="1", lasts=None) is not None
-        assert not await tx.builds.cancel(ORG, first.id)
+        assert not await tx.builds.cancel(ORG, first.id, at=NOW)
         assert await tx.builds.claim("a", lease="5", lasts=HALF_A_MINUTE) is None
     async with store.read() as tx:
         assert await tx.builds.active(ORG) == 1

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,15 @@ from sandyard.server.core.contracts.node import (
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
+    InvalidArgumentError,
     NoCapacityError,
     NotFoundError,
     UnavailableError,
 )
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
+from sandyard.server.core.records import VersionAbout
+from sandyard.server.core.shapes import Shape
+from sandyard.server.core.wire import Channel, encode_frame
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
 from sandyard.server.links.local import SystemClock
@@ -649,3 +654,62 @@ async def test_a_machine_that_dies_before_anybody_woke_it_is_dead(tmp_path: Path
         async with asyncio.timeout(10):
             while await held.facts() != [(1, Phase.DEAD)]:
                 await asyncio.sleep(0.01)
+
+
+# --- versions of users' templates -----------------------------------------------------------------
+
+ROOT = bytes(1024) + b"\xe2\xe1\xf5\xe0" + b"root" * 5000
+
+
+async def write(held: Held, wish: MachineWish, path: bytes, data: bytes) -> None:
+    """Write a file in a machine."""
+    where = MachineRef(held.node.node_id, wish.sandbox_id, wish.incarnation)
+    async with held.node.open(where, ops.Write(path)) as opened:
+        for piece in (data, b""):
+            await opened.stream.write(encode_frame(Channel.STDIN, piece))
+        assert b"count" in await opened.stream.read(10_000)
+
+
+async def test_a_file_of_a_machine_becomes_a_version_that_others_start_from(tmp_path: Path) -> None:
+    shape = Shape(1, 512, 1024)
+    about = VersionAbout("mine", "Alpine", "headless", shape, {"A": "1"}, build_id="b")
+    async with a_node(tmp_path) as held:
+        node, wish = held.node, a_wish(new_sandbox_id())
+        await node.ensure_running(wish)
+        await write(held, wish, b"/root.erofs", ROOT)
+        await write(held, wish, b"/other", b"no file system")
+        keep = partial(node.keep_version, wish.sandbox_id, incarnation=1, about=about)
+        with pytest.raises(NotFoundError):
+            await keep(path="/absent", size_max=10**6)
+        for path, size_max in (("/other", 10**6), ("/root.erofs", 100)):
+            with pytest.raises(InvalidArgumentError):
+                await keep(path=path, size_max=size_max)
+        assert (await node.report()).versions == ()
+        fact = await keep(path="/root.erofs", size_max=10**6)
+        assert fact == await keep(path="/root.erofs", size_max=10**6)
+        assert fact.size_bytes == len(ROOT)
+        report = await node.report()
+        assert report.versions == (fact.name,)
+        assert report.view().has(fact.name)
+        assert not report.view().has("mine@0")
+        await node.prepare_version(fact.name)
+        with pytest.raises(NotFoundError):
+            await node.prepare_version("mine@0")
+
+        other = replace(a_wish(new_sandbox_id()), template=fact.name, shape=about.defaults)
+        await node.ensure_running(other)
+        await node.drop_stages("another", but=())
+        await node.drop_stages("b", but=(fact.name,))
+        assert (await node.report()).versions == (fact.name,)
+        await node.drop_stages("b", but=())
+        await node.drop_version(fact.name)
+        assert (await node.report()).versions == ()
+        with pytest.raises(NotFoundError):
+            await node.ensure_running(replace(other, sandbox_id=new_sandbox_id()))
+        # What was started of it goes on, and over a pause.
+        await node.ensure_paused(other.sandbox_id, incarnation=1)
+        await node.ensure_running(replace(own(other, 2)))
+        for one in (wish, replace(other, incarnation=2)):
+            await node.ensure_gone(one.sandbox_id, incarnation=one.incarnation)
+        await node.drop_version(fact.name)
+        assert list((tmp_path / "versions/images").iterdir()) == []

@@ -243,6 +243,10 @@ class FakeNode:
             self.refusal = None
             raise refusal
 
+    async def drop_stages(self, build_id: str, *, but: tuple[str, ...]) -> None:
+        """See core.contracts.node.NodeVersions.drop_stages."""
+        self._answer("drop_stages")
+
     async def drop_version(self, version: str) -> None:
         """See core.contracts.node.NodeVersions.drop_version."""
         self._answer("drop_version")

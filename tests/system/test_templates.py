@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from tests.support.oci import (
     layer,
     link_entry,
     oci_archive,
+    oci_layout,
 )
 from tests.support.ports import free_port
+from tests.support.registry import ADDRESS, NETWORK, PORT, put, registry
 from tests.support.server import NO_POOL, QEMU, RealServer, wait_until
 
 pytestmark = [pytest.mark.machine, pytest.mark.beside]
@@ -37,9 +40,24 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RealServer]:
-    made = RealServer(free_port(), **QEMU, **NO_POOL)
-    made.share_goldens()
+def repositories() -> Iterator[Path]:
+    """The folder of a registry's repositories; the registry's certificate is in it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="registry-", dir="/tmp") as folder,
+        registry(Path(folder)),
+    ):
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def server(repositories: Path) -> Iterator[RealServer]:
+    made = RealServer(
+        free_port(), **QEMU, **NO_POOL,
+        SANDYARD_NODE__EXTRA_CA=str(repositories / "certificate.pem"),
+        SANDYARD_NODE__ALLOW=json.dumps([NETWORK]),
+    )  # fmt: skip
+    # Its templates trust a certificate of this run alone, so nobody else can use them.
+    made.environment["SANDYARD_NODE__IMAGES_DIR"] = str(made.home / "images")
     try:
         made.run("template", "build", "builder")
         made.start()
@@ -143,7 +161,56 @@ def test_an_image_of_one_program_is_a_template(server: RealServer, busybox: byte
     server.delete("t")
     folder = server.home / "versions" / version["digest"]
     assert folder.is_dir()
-    wait_until(lambda: not folder.exists(), limit_s=90, what="its bytes are gone")
+    wait_until(lambda: not folder.exists(), limit_s=150, what="its bytes are gone")
+
+
+def test_an_image_is_pulled_and_pinned(
+    server: RealServer, busybox: bytes, repositories: Path
+) -> None:
+    layers = [layer([file_entry("bin/busybox", busybox, mode=0o755), folder_entry("srv")])]
+    files = oci_layout(
+        layers, {"Env": ["A=b"], "Cmd": ["/bin/busybox", "sleep", "9"]}, compress=True
+    )
+    for name in ("busy", "liar", "elsewhere"):
+        put(repositories, name, files)
+    lines = built(server, "pulled", image=f"{ADDRESS}:{PORT}/busy:1")
+    (pinned,) = (one.removeprefix("digest: ") for one in lines if one.startswith("digest: "))
+    (version,) = server.client.get("/v1/templates/pulled/versions").json()["data"]
+    assert version["source"] == {"image": f"{ADDRESS}:{PORT}/busy:1", "digest": pinned}
+    box = server.create(template="pulled")["id"]
+    assert server.execute(box, "echo $A; pwd")["stdout"] == "b\n/workspace\n"
+    server.delete(box)
+    built(server, "pulled", image=f"{ADDRESS}:{PORT}/busy:1@{pinned}")
+
+    for name, said in {
+        "liar": "digest",
+        "elsewhere": "169.254.169.254",
+        "absent": "absent",
+    }.items():
+        image = f"{ADDRESS}:{PORT}/{name}:1"
+        build, lines = ended(server, name, request(server, name, image=image))
+        assert build["status"] == "failed", name
+        assert any(said in one for one in lines), lines
+    nothing_is_left(server)
+
+
+def test_a_tag_that_moves_is_pulled_as_it_was_pinned(
+    server: RealServer, busybox: bytes, repositories: Path
+) -> None:
+    both = []
+    for number in (1, 2):
+        entries = [file_entry("bin/busybox", busybox, mode=0o755), file_entry(f"is-{number}")]
+        both.append(oci_layout([layer(entries)], {"Env": [f"IS={number}"]}))
+    index = json.loads(both[0]["index.json"])
+    index["manifests"] += json.loads(both[1]["index.json"])["manifests"]
+    image = put(
+        repositories, "moves", {**both[0], **both[1], "index.json": json.dumps(index).encode()}
+    )
+    built(server, "moves", image=image)
+    box = server.create(template="moves")["id"]
+    # Its settings and its files are of one image.
+    assert server.execute(box, "[ -e /is-$IS ] && ls / | grep -c is-")["stdout"] == "1\n"
+    server.delete(box)
 
 
 def context(files: dict[str, bytes]) -> bytes:

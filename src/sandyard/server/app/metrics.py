@@ -158,7 +158,9 @@ class Metrics:
 
     def asked_pool(self, *, template: str, is_hit: bool) -> None:
         """Count a start that the pool could have served."""
-        self._asked.labels(template, "hit" if is_hit else "miss").inc()
+        # Of versions that users build there may be any number.
+        name = "own" if "@" in template else template
+        self._asked.labels(name, "hit" if is_hit else "miss").inc()
 
     def _backup_age(self) -> float:
         try:
@@ -189,7 +191,9 @@ class Metrics:
                 self._machines.labels(node_id, state).set(tally[state])
             for shelf in one.report.shelves:
                 shape = (str(shelf.vcpus), str(shelf.memory_mib), str(shelf.disk_mib))
-                labels = (node_id, shelf.template.partition("@")[0], *shape)
+                if "@" in shelf.template:  # there may be any number
+                    continue
+                labels = (node_id, shelf.template, *shape)
                 self._pool.labels(*labels).set(shelf.size)
                 self._pool_target.labels(*labels).set(shelf.target)
                 self._pool_failures.labels(*labels).set(shelf.failures)

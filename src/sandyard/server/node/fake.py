@@ -83,7 +83,7 @@ def make_fake_image(images: Images) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*ROOTS, "vmlinuz", "initrd"):
         (folder / name).touch()
-    write_manifest(folder, os="None", size_bytes=0, inputs={})
+    write_manifest(folder, os="None", size_bytes=0, inputs={"toolsRecipe": "fake"})
     return digest
 
 

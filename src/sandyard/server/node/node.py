@@ -214,10 +214,8 @@ class Node:
                 if one.is_starting or one.phase is not None
             ),
             snapshots=tuple(self._snapshots.ids()),
-            templates=(
-                *(one.slug for one in images if one.status is TemplateStatus.READY),
-                *self._means.images.versions.names(),
-            ),
+            templates=tuple(one.slug for one in images if one.status is TemplateStatus.READY),
+            versions=tuple(self._means.images.versions.names()),
             missing=(*self._check.missing, *self._pressure.missing),
             is_short_of_memory=self._capacity.is_short_of_memory,
             memory_mib=room.memory_mib,
@@ -256,15 +254,24 @@ class Node:
     async def drop_version(self, version: str) -> None:
         """See core.contracts.node.NodeVersions.drop_version."""
         await in_thread(self._means.images.versions.drop, version)
-        await in_thread(self._goldens.forget_old)
+        self._goldens.forget_old()
         await in_thread(self._drop_images)
         self._means.on_change()
 
+    async def drop_stages(self, build_id: str, *, but: tuple[str, ...]) -> None:
+        """See core.contracts.node.NodeVersions.drop_stages."""
+        versions = self._means.images.versions
+        for name in await in_thread(versions.names, build_id):
+            if name not in but:
+                await self.drop_version(name)
+
     def _drop_images(self) -> None:
         """Remove the images of versions that nothing here needs any more."""
-        needed = set(self._means.images.usable().values()) | self._snapshots.images()
-        needed |= {one.image for one in self._means.records.all()}
-        self._means.images.versions.drop_images(but=needed)
+
+        def needed() -> set[str]:
+            return self._snapshots.images() | {one.image for one in self._means.records.all()}
+
+        self._means.images.drop_old(needed)
 
     # --- NodeExports ----------------------------------------------------------------------
 
@@ -370,6 +377,7 @@ class Node:
         means = self._means
         await in_thread(means.records.sweep)
         await in_thread(self._snapshots.sweep)
+        await in_thread(self._means.images.versions.sweep)
         await in_thread(self._drop_images)
         found = await in_thread(means.records.all)
         for record in found:

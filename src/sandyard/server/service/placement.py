@@ -165,7 +165,7 @@ class Placement:
         """Return the rank of each node that has a template."""
         ranked = []
         for node_id, said in views.items():
-            if said is None or template not in said[1].templates:
+            if said is None or not said[1].has(template):
                 continue
             at, view = said
             sent = self._since(node_id, at)

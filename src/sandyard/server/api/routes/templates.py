@@ -144,7 +144,7 @@ async def cancel_build(
 @router.get(
     "/{slug}/logs",
     responses={
-        **errors(404),
+        **errors(404, 409),
         200: {"description": "Events.", "content": {"text/event-stream": {}}},
     },
     response_model=None,
@@ -186,8 +186,10 @@ async def follow_build(
     )
     if getattr(request.state, "is_head", False):
         return Response(media_type="text/event-stream")
+    held = AsyncExitStack()
+    held.enter_context(service.following(actor))
     lines = service.lines(actor, slug, found.id if found else None, after=after)
-    return EventStream(_events(lines), AsyncExitStack(), check)
+    return EventStream(_events(lines), held, check)
 
 
 async def _events(lines: AsyncIterator[BuildLine | Build]) -> AsyncIterator[SseEvent]:

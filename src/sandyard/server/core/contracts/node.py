@@ -14,6 +14,11 @@ from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
 
+_SHORT = 16
+"""So much of a digest is enough to tell versions apart."""
+_VERSIONS_MAX = 2000
+"""So many versions are in a heartbeat, whose length is limited."""
+
 
 class Origin(StrEnum):
     """What a machine is started from."""
@@ -212,6 +217,12 @@ class NodeView:
     shelves: tuple[ShelfFact, ...] = ()
     generation: int = 0
     goldens: tuple[GoldenFact, ...] = ()
+    versions: tuple[str, ...] = ()
+
+    def has(self, template: str) -> bool:
+        """Tell whether the node can start machines of a template, or of a version."""
+        _, _, digest = template.partition("@")
+        return digest[:_SHORT] in self.versions if digest else template in self.templates
 
 
 @dataclass(frozen=True)
@@ -223,7 +234,7 @@ class NodeReport:
     `limited` which features its sandboxes lack, a sentence each. `unreadable` are the paths of
     records of machines that cannot be read; the machines are kept. A node that is short of memory
     requests that a sandbox is paused before the kernel kills one. `generation` changes whenever the
-    report does, except for free capacity.
+    report does, except for free capacity. `versions` are the names of those that users built.
     """
 
     node_id: str
@@ -240,6 +251,7 @@ class NodeReport:
     generation: int = 0
     limited: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
 
     def view(self) -> NodeView:
         """Return the part that is sent every second."""
@@ -250,6 +262,7 @@ class NodeReport:
             self.shelves,
             self.generation,
             self.golden_kinds,
+            tuple(one.partition("@")[2][:_SHORT] for one in self.versions[:_VERSIONS_MAX]),
         )
 
 
@@ -389,6 +402,10 @@ class NodeVersions(Protocol):
             NoCapacityError: the node has no space for it.
             ConflictError: the machine does not run.
         """
+        ...
+
+    async def drop_stages(self, build_id: str, *, but: tuple[str, ...]) -> None:
+        """Remove all versions that were kept for a build, except those named."""
         ...
 
     async def prepare_version(self, version: str) -> None:

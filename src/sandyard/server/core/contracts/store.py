@@ -912,11 +912,11 @@ class BuildRows(Protocol):
         ...
 
     async def find(self, org_id: str, build_id: str) -> Build | None:
-        """Return an organization's build."""
+        """Return an organization's build, without its plan."""
         ...
 
     async def page(self, org_id: str, slug: str, *, limit: int) -> list[Build]:
-        """Return the latest builds of a template, newest first."""
+        """Return the latest builds of a template, newest first and without their plans."""
         ...
 
     async def active(self, org_id: str) -> int:
@@ -929,14 +929,15 @@ class BuildRows(Protocol):
         ...
 
     async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:
-        """Write a build except `is_cancelled`, and keep the lease, or give it up for None.
+        """Write a build except plan and `is_cancelled`, and keep the lease, or give it up for None.
 
         Return the build as it is now; None, with nothing written, if the lease was lost.
         """
         ...
 
-    async def cancel(self, org_id: str, build_id: str) -> bool:
-        """Request that a build is cancelled; False if it has ended, or is not there."""
+    async def cancel(self, org_id: str, build_id: str, *, at: datetime) -> bool:
+        """Request that a build is cancelled, and end it if nobody has begun it; False if it has
+        ended, or is not there."""
         ...
 
     async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:

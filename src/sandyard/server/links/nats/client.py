@@ -158,6 +158,10 @@ class RemoteNode:
         """See core.contracts.node.NodeVersions.drop_version."""
         await self._ask("drop_version", version=version)
 
+    async def drop_stages(self, build_id: str, *, but: tuple[str, ...]) -> None:
+        """See core.contracts.node.NodeVersions.drop_stages."""
+        await self._ask("drop_stages", build_id=build_id, but=but)
+
     async def _ask(self, name: str, **args: object) -> Any:
         ask = ASKS[name]
         words = {"op": name, "args": ask.written(args)}

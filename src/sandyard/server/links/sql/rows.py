@@ -28,6 +28,7 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    not_,
     or_,
     select,
     update,
@@ -802,8 +803,11 @@ def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> P
         # Said of those that cannot be hidden, too: SQLite finds its index of the others by it.
         wanted.append(~t.is_any_of(sorted(HIDDEN)))
     for name in ("org_id", *_ASKED):
-        if name == "exclude_template" and name in given:
-            wanted.append(_c.template != bindparam(name))
+        if name in ("template", "exclude_template") and name in given:
+            # A version's name begins with its template's slug.
+            slug = bindparam(name, type_=String)
+            is_of = or_(_c.template == slug, _c.template.like(slug + "@%"))
+            wanted.append(is_of if name == "template" else not_(is_of))
         elif name == "name_prefix" and name in given:
             length = bindparam("prefix_length", type_=Integer)
             wanted.append(func.substr(_c.name, 1, length) == bindparam(name, type_=String))

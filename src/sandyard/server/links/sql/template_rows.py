@@ -36,6 +36,9 @@ from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.rows import Connection
 from sandyard.server.links.sql.seal import Seal
 
+# A plan may have megabytes, and only whoever carries it out needs it.
+_BUILD = tuple(one for one in t.builds.c if one.name != "plan_sealed")
+
 
 class TemplateTable:
     """See core.contracts.store.TemplateRows."""
@@ -77,6 +80,10 @@ class TemplateTable:
             update(versions)
             .where(*_of(versions, org_id, slug), versions.c.removed_at.is_(None))
             .values(removed_at=at)
+        )
+        builds = select(t.builds.c.id).where(*_of(t.builds, org_id, slug))
+        await self._connection.execute(
+            delete(t.build_lines).where(t.build_lines.c.build_id.in_(builds))
         )
         done = await self._connection.execute(
             delete(t.templates).where(*_of(t.templates, org_id, slug))
@@ -206,14 +213,14 @@ class BuildTable:
     async def find(self, org_id: str, build_id: str) -> Build | None:
         """See core.contracts.store.BuildRows.find."""
         c = t.builds.c
-        found = await self._builds(select(t.builds).where(c.id == build_id, c.org_id == org_id))
+        found = await self._builds(select(*_BUILD).where(c.id == build_id, c.org_id == org_id))
         return found[0] if found else None
 
     async def page(self, org_id: str, slug: str, *, limit: int) -> list[Build]:
         """See core.contracts.store.BuildRows.page."""
         c = t.builds.c
         return await self._builds(
-            select(t.builds)
+            select(*_BUILD)
             .where(*_of(t.builds, org_id, slug))
             .order_by(c.created_at.desc(), c.id.desc())
             .limit(limit)
@@ -243,29 +250,36 @@ class BuildTable:
         return await self._taken(
             update(t.builds)
             .where(c.id == waiting.scalar_subquery(), c.ended_at.is_(None), is_free)
-            .values(lease_token=lease, lease_until=_until(lasts))
+            .values(lease_token=lease, lease_until=_until(lasts)),
+            *t.builds.c,
         )
 
     async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:
         """See core.contracts.store.BuildRows.save."""
         c = t.builds.c
         values = self._values(build)
-        del values["is_cancelled"]
+        del values["is_cancelled"], values["plan_sealed"]
         token = None if lasts is None else lease
         until = None if lasts is None else _until(lasts)
         return await self._taken(
             update(t.builds)
             .where(c.id == build.id, c.lease_token == lease)
-            .values(**values, lease_token=token, lease_until=until)
+            .values(**values, lease_token=token, lease_until=until),
+            *_BUILD,
         )
 
-    async def cancel(self, org_id: str, build_id: str) -> bool:
+    async def cancel(self, org_id: str, build_id: str, *, at: datetime) -> bool:
         """See core.contracts.store.BuildRows.cancel."""
         c = t.builds.c
+        which = (c.id == build_id, c.org_id == org_id, c.ended_at.is_(None))
         done = await self._connection.execute(
+            update(t.builds).where(*which).values(is_cancelled=True)
+        )
+        # Nobody has begun it.
+        await self._connection.execute(
             update(t.builds)
-            .where(c.id == build_id, c.org_id == org_id, c.ended_at.is_(None))
-            .values(is_cancelled=True)
+            .where(*which, c.lease_until.is_(None), c.started_at.is_(None))
+            .values(status=BuildStatus.CANCELLED.value, ended_at=at, error="it was cancelled")
         )
         return done.rowcount > 0
 
@@ -292,8 +306,8 @@ class BuildTable:
         values["plan_sealed"] = self._seal.close({"plan": json.dumps(values.pop("plan"))})
         return values | {"status": build.status.value}
 
-    async def _taken(self, statement: Any) -> Build | None:
-        found = await self._connection.execute(statement.returning(*t.builds.c))
+    async def _taken(self, statement: Any, *columns: Any) -> Build | None:
+        found = await self._connection.execute(statement.returning(*columns))
         row = found.mappings().first()
         return None if row is None else self._build(row)
 
@@ -303,7 +317,8 @@ class BuildTable:
 
     def _build(self, row: Mapping[Any, Any]) -> Build:
         values = {name: one for name, one in row.items() if not str(name).startswith("lease_")}
-        plan = json.loads(self._seal.open(values.pop("plan_sealed"))["plan"])
+        sealed = values.pop("plan_sealed", None)
+        plan = {} if sealed is None else json.loads(self._seal.open(sealed)["plan"])
         status, stages = BuildStatus(values.pop("status")), tuple(values.pop("stages"))
         return Build(**values, plan=plan, status=status, stages=stages)
 

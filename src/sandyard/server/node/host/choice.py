@@ -130,10 +130,10 @@ class Drivers:
 
     def _known_choice(self, image: Image) -> Driver | None:
         """Return the driver chosen before; raise a recent failure again."""
-        at, error = self._refused.get(image.digest, (0.0, None))
+        at, error = self._refused.get(_kernel_of(image), (0.0, None))
         if error is not None and self._monotonic() - at < _AGAIN_S:
             raise UnavailableError(error.message)
-        return self._chosen.get(image.digest)
+        return self._chosen.get(_kernel_of(image))
 
     async def _choose(self, image: Image) -> Driver:
         judged = await self.judge(image)
@@ -141,7 +141,7 @@ class Drivers:
         if chosen is None:
             reasons = "; ".join(f"{one.driver.name}: {one.verdict.reason}" for one in judged)
             error = UnavailableError(f"cannot start machines on this host: {reasons}")
-            self._refused[image.digest] = (self._monotonic(), error)
+            self._refused[_kernel_of(image)] = (self._monotonic(), error)
             raise error
         for one in judged:
             if not one.verdict.is_usable:
@@ -151,9 +151,9 @@ class Drivers:
                     one.verdict.reason,
                 )
         log.info("machines are started with %s", chosen.driver.name)
-        self._chosen[image.digest] = chosen.driver
+        self._chosen[_kernel_of(image)] = chosen.driver
         if chosen.verdict.took_s is not None:
-            self._took[image.digest] = chosen.verdict.took_s
+            self._took[_kernel_of(image)] = chosen.verdict.took_s
         return chosen.driver
 
     async def judge(self, image: Image) -> list[Judged]:
@@ -171,7 +171,7 @@ class Drivers:
             version = await driver.version()
         except UnavailableError as error:
             return Verdict(False, error.message)
-        key = f"{driver.name} {version} image {image.digest} host {os.uname().release}"
+        key = f"{driver.name} {version} image {_kernel_of(image)} host {os.uname().release}"
         # A kernel that was configured is known to boot, if slowly; others get only a few seconds.
         limit_s = self._probe_s * (_OWN_KERNEL if image.has_own_kernel else 1)
         known = self._load().get(key)
@@ -213,3 +213,9 @@ class Drivers:
         part = self._cache.with_name(self._cache.name + ".part")
         part.write_text(json.dumps(known, indent=1))
         part.replace(self._cache)
+
+
+def _kernel_of(image: Image) -> str:
+    """Return the digest of the image whose kernel another one boots with: its own, or the
+    runtime of a version."""
+    return image.inputs.get("runtime", image.digest)

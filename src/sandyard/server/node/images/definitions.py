@@ -61,6 +61,8 @@ class Definition:
     start: str | None
     warmup: tuple[str, ...]
     digest: str
+    build_id: str = ""
+    """The build that made it, if it is a version."""
     is_hidden: bool = False
     """Whether it is for the platform's own use alone."""
     env: Mapping[str, str] = field(default_factory=dict)

@@ -79,7 +79,7 @@ def read_image(folder: Path, load: Callable[[Path], Any] = _load) -> Image | Non
     """Return the image in a folder if it exists and is complete. `load` reads its manifest."""
     try:
         manifest = load(folder / "manifest.json")
-    except OSError:
+    except (OSError, ValueError):  # a crash of the host may leave it empty
         return None
     return Image(
         digest=folder.name,

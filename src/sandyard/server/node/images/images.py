@@ -9,15 +9,18 @@ digest for a name is whole.
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sandyard.server.core.contracts.node import TemplateFact, TemplateStatus
 from sandyard.server.core.errors import NotFoundError, UnavailableError
 from sandyard.server.node.images.definitions import Definition
-from sandyard.server.node.images.image import ROOTS, Image, read_image
+from sandyard.server.node.images.image import Image, read_image
 from sandyard.server.node.images.versions import Versions
+
+log = logging.getLogger(__name__)
 
 RUNTIMES = ("builder", "base-minimal", "base-ubuntu")
 """The templates, best first, whose kernel and tools the versions of users' templates boot with."""
@@ -69,13 +72,17 @@ class Images:
         if "@" not in name:
             return self.find(str(self._state(name).get("digest", "")))
         runtime = self._runtime()
-        return None if runtime is None else self.versions.image(name, runtime, self._load)
+        try:
+            return None if runtime is None else self.versions.image(name, runtime, self._load)
+        except (OSError, ValueError, KeyError) as error:
+            log.error("cannot make an image of the version %s: %s", name, error)
+            return None
 
     def _runtime(self) -> Image | None:
         """Return the image whose kernel and tools versions boot with."""
         for slug in (*RUNTIMES, *self.definitions):
             image = self.current(slug)
-            if image is not None and len(image.roots) == len(ROOTS):
+            if image is not None and image.inputs.get("toolsRecipe", "1") != "1":
                 return image
         return None
 
@@ -87,11 +94,16 @@ class Images:
                 return found
         return None
 
-    def usable(self) -> dict[str, str]:
-        """Return the names of all templates and versions that can be used, with their images'
-        digests."""
-        found = {name: self.current(name) for name in (*self.definitions, *self.versions.names())}
-        return {name: image.digest for name, image in found.items() if image is not None}
+    def is_current(self, name: str, digest: str) -> bool:
+        """Tell whether an image is the current one of a template or version."""
+        image = self.current(name)
+        return image is not None and image.digest == digest
+
+    def drop_old(self, needed: Callable[[], set[str]]) -> None:
+        """Remove the images of versions that are gone or boot with another runtime by now, except
+        those `needed`."""
+        runtime = self._runtime()
+        self.versions.drop_images(needed, runtime.digest if runtime else "")
 
     def use(self, slug: str, digest: str) -> None:
         """Make an image the current one of a template."""

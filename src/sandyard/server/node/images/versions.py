@@ -8,12 +8,12 @@ operator's; a new one makes new images of all versions, and no version is built 
 opens a root file system: a machine packed it, and machines mount it.
 """
 
-import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable
 from hashlib import sha256
 from pathlib import Path
@@ -39,19 +39,23 @@ class Versions:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known: dict[str, Definition] = {}
+        self._making = threading.Lock()
 
     @property
     def images_dir(self) -> Path:
         """The folder of the images that were made of versions."""
         return self._folder / "images"
 
-    def names(self) -> list[str]:
-        """Return the names of all versions (`contracts.node.version_name`)."""
+    def names(self, build_id: str | None = None) -> list[str]:
+        """Return the names of all versions (`contracts.node.version_name`), or of those of one
+        build."""
         found = []
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
-            if path != self.images_dir and not path.name.startswith("."):
-                definition = self._definition(path.name)
-                found += [] if definition is None else [definition.slug]
+            if path == self.images_dir or path.name.startswith("."):
+                continue
+            definition = self._definition(path.name)
+            if definition is not None and build_id in (None, definition.build_id):
+                found.append(definition.slug)
         return sorted(found)
 
     def definition(self, name: str) -> Definition | None:
@@ -81,7 +85,8 @@ class Versions:
         digest = sha256(f"{definition.digest} {runtime.digest}".encode()).hexdigest()[:24]
         found = read_image(self.images_dir / digest, load)
         if found is None:
-            self._make_image(definition, runtime, digest)
+            with self._making:
+                self._make_image(definition, runtime, digest)
             found = read_image(self.images_dir / digest, load)
         return found
 
@@ -102,6 +107,7 @@ class Versions:
                 inputs={**runtime.inputs, "version": definition.digest, "runtime": runtime.digest},
                 has_acpi=runtime.has_acpi,
             )
+            _sync(made / "manifest.json", made)
             made.rename(self.images_dir / digest)
         except OSError as error:
             shutil.rmtree(made, ignore_errors=True)
@@ -143,12 +149,15 @@ class Versions:
                 await in_thread(os.fsync, file.fileno())
             told = {"about": encode(about), "root": content.hexdigest()}
             digest = sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
-            (part / "about.json").write_text(json.dumps(told, indent=1))
+            about_file = part / "about.json"
+            about_file.touch(mode=0o600)  # an environment may have secrets
+            about_file.write_text(json.dumps(told, indent=1))
             root.chmod(0o444)
             part.chmod(0o711)
-            await in_thread(_sync, part / "about.json", part)
-            with contextlib.suppress(FileExistsError, OSError):  # it is here already
+            await in_thread(_sync, about_file, part)
+            if not (self._folder / digest).exists():
                 part.rename(self._folder / digest)
+                await in_thread(_sync, self._folder)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoCapacityError(
@@ -166,14 +175,25 @@ class Versions:
             self._known.pop(definition.digest, None)
             shutil.rmtree(self._folder / definition.digest, ignore_errors=True)
 
-    def drop_images(self, *, but: set[str]) -> None:
-        """Remove images whose version is gone or that have another runtime by now, except those
-        `but` which machines need, and what killed processes left."""
-        for path in list(self.images_dir.iterdir()) if self.images_dir.is_dir() else ():
-            if path.name not in but:
+    def drop_images(self, needed: Callable[[], set[str]], runtime: str) -> None:
+        """Remove images whose version is gone or that have another runtime, except those
+        `needed`."""
+        with self._making:
+            kept = needed()
+            for path in list(self.images_dir.glob("[!.]*")):
+                if path.name in kept:
+                    continue
+                found = read_image(path)
+                version = "" if found is None else found.inputs.get("version", "")
+                is_current = found is not None and found.inputs.get("runtime") == runtime
+                if not is_current or self._definition(version) is None:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left; call it before anything is kept."""
+        for folder in (self._folder, self.images_dir):
+            for path in list(folder.glob(f"{_PART}*")):
                 shutil.rmtree(path, ignore_errors=True)
-        for path in list(self._folder.glob(f"{_PART}*")) if self._folder.is_dir() else ():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _definition_of(about: VersionAbout, digest: str) -> Definition:
@@ -191,6 +211,7 @@ def _definition_of(about: VersionAbout, digest: str) -> Definition:
         warmup=tuple(about.warmup),
         digest=digest,
         env=about.env,
+        build_id=about.build_id,
         ready=about.ready,
     )
 

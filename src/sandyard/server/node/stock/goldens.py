@@ -163,7 +163,8 @@ class Goldens:
         return beyond
 
     def _is_usual(self, template: str, shape: Shape) -> bool:
-        definition = self._means.images.definition(template)
+        # Of versions that users build there may be any number.
+        definition = self._means.images.definitions.get(template)
         return definition is not None and definition.defaults == shape
 
     async def _look_for(self, kind: Kind, driver: Driver) -> None:
@@ -208,14 +209,21 @@ class Goldens:
             NotReadyError: see `_until_ready`.
             InternalError, UnavailableError: it could not be made; the message says why.
         """
+        if not self._is_open:
+            return
         self._failed_at.pop(kind, None)
         self._errors.pop(kind, None)
         self.want(kind)
-        making = self._making.get(kind)
-        if making is not None:
+        if (making := self._making.get(kind)) is not None:
             await asyncio.wait([making])
-        if (error := self._errors.pop(kind, None)) is not None:
+        if kind in self._known:
+            return
+        error = self._errors.get(kind)
+        if error is not None:
             raise error
+        image = self._means.images.find(kind.image)
+        if image is None or (await self._means.drivers.choose(image)).capabilities.saves:
+            raise UnavailableError("cannot save a golden machine now: the host has no room for it")
 
     def _made(self, kind: Kind) -> None:
         del self._making[kind]
@@ -223,7 +231,6 @@ class Goldens:
 
     async def _sweep(self) -> None:
         """Remove unfinished and unusable golden machines of earlier processes."""
-        current = set(self._means.images.usable().values())
         others: list[Path] = []
         for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():
             keep = False
@@ -232,7 +239,7 @@ class Goldens:
                 versions = await self._means.drivers.versions_of(golden.about.driver)
                 keep = (
                     not folder.name.endswith(".part")
-                    and golden.about.image in current
+                    and self._means.images.is_current(golden.about.template, golden.about.image)
                     and golden.about.driver_version in versions[:1]
                 )
                 if keep and not self._is_usual(golden.about.template, golden.about.shape):
@@ -247,8 +254,8 @@ class Goldens:
 
     def forget_old(self) -> None:
         """Remove golden machines whose template has a newer image."""
-        current = set(self._means.images.usable().values())
-        for kind in [one for one in self._known if one.image not in current]:
+        is_current = self._means.images.is_current
+        for kind in [one for one in self._known if not is_current(one.template, one.image)]:
             golden = self._known.pop(kind)
             # Clones have their own link to its memory, and are not affected.
             shutil.rmtree(golden.folder, ignore_errors=True)
@@ -265,7 +272,11 @@ class Goldens:
 
     def facts(self) -> list[GoldenFact]:
         """Return the kinds of all golden machines that have been verified."""
-        kinds = {(one.template, one.vcpus, one.memory_mib) for one in self._known}
+        kinds = {
+            (one.template, one.vcpus, one.memory_mib)
+            for one in self._known
+            if "@" not in one.template  # there may be any number, and this is told every second
+        }
         return [GoldenFact(*one) for one in sorted(kinds)]
 
     async def _make_in_background(self, kind: Kind) -> None:
@@ -291,6 +302,9 @@ class Goldens:
             )  # fmt: skip
         except SandyardError as error:
             self._errors[kind] = error
+            raise
+        except OSError as error:
+            self._errors[kind] = UnavailableError(f"cannot save a golden machine now: {error}")
             raise
         finally:
             if kind not in self._known:  # whatever the error, it is not retried at once

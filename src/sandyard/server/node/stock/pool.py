@@ -219,7 +219,6 @@ class Pool:
     async def _look(self, crew: Crew) -> None:
         self._goldens.forget_old()
         usual: list[_Shelf] = []
-        current = self._means.images.usable()
         for slug, definition in self._means.images.definitions.items():
             image = self._means.images.current(slug)
             if image is None or definition.is_hidden:
@@ -229,7 +228,7 @@ class Pool:
         for shelf in usual:
             shelf.floor = self._floor(shelf, len(usual))
         for kind, shelf in list(self._shelves.items()):
-            if current.get(kind.template) != kind.image:
+            if not self._means.images.is_current(kind.template, kind.image):
                 # Machines in the making notice that their shelf is gone.
                 del self._shelves[kind]
                 while shelf.members:

@@ -12,15 +12,15 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Final
+from typing import Final, TypeVar
 
 from sandyard.server.core import ops
 from sandyard.server.core.contracts.node import NodeVersions, VersionFact, version_name
-from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.contracts.store import Transaction, Turn
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
@@ -62,13 +62,18 @@ from sandyard.server.service.templates.templates import LATEST, REMOVED, Chosen,
 from sandyard.server.tasks import Crew, concurrently, to_the_end
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _LEASE: Final = timedelta(seconds=30)
-_BEAT_S: Final = 5.0
+_BEAT_S: Final = 2.0
 _LOOK_S: Final = 2.0
 _TIDY_S: Final = 60.0
 _START_S: Final = 300.0
 _FLUSH_S: Final = 0.5
+_AGAIN_S: Final = 3.0
+_PATIENCE_S: Final = 300.0
+_ENDINGS: Final = 100
+_GRACE: Final = timedelta(seconds=30)
 _LINE_MAX: Final = 2000
 _OS_MAX: Final = 4096
 _ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")
@@ -145,6 +150,8 @@ class Building:
                             pass
                     except SandyardError as error:
                         log.warning("cannot look for builds: %s; retrying", error.message)
+                    except Exception:  # one that cannot be read must not end the others
+                        log.exception("cannot begin a build; retrying")
                     await hints.wait(_LOOK_S)
 
     async def _begin(self, crew: Crew) -> bool:
@@ -182,7 +189,10 @@ class Building:
     async def _remove_bytes(self) -> None:
         async with self.store.read() as tx:
             removed = await tx.versions.removed()
+        since = self.clock.now() - _GRACE
         for version in removed:
+            if version.removed_at is None or version.removed_at > since:
+                continue  # a request that has chosen it may not have been written yet
             async with self.store.read() as tx:
                 is_kept = await tx.versions.is_kept(version)
                 if not is_kept and await tx.versions.is_used(version):
@@ -190,6 +200,33 @@ class Building:
             if is_kept or await self.drop(version_name(version.slug, version.digest)):
                 async with self.store.write(version.org_id) as tx:
                     await tx.versions.forget(version)
+
+    async def look_at(self, sandbox: Sandbox) -> None:
+        """Learn what the node of a sandbox has now: placement believes older reports."""
+        with suppress(UnavailableError):
+            await self._roster.report_of(self._roster.get(sandbox.node_id))
+
+    async def names_of(self, build: Build) -> tuple[str, ...]:
+        """Return the names on nodes of what a build has published."""
+        async with self.store.read() as tx:
+            found = await tx.versions.of(build.org_id, build.slug)
+        mine = (one for one in found if one.build_id == build.id)
+        return tuple(version_name(one.slug, one.digest) for one in mine)
+
+    async def drop_stages(self, build: Build, *, but: tuple[str, ...]) -> tuple[str, ...]:
+        """Remove what nodes kept for a build, and return the names of what may be left."""
+        left = False
+        for node_id, node in list(self._nodes.items()):
+            try:
+                await node.drop_stages(build.id, but=but)
+            except SandyardError as error:
+                log.warning(
+                    "cannot remove the stages of a build from the node %s: %s",
+                    node_id,
+                    error.message,
+                )
+                left = True
+        return build.stages if left else ()
 
     async def drop(self, name: str) -> bool:
         """Remove a version from all nodes; return False if that must be repeated."""
@@ -217,7 +254,7 @@ class _Job:
         self._actor = actor_of(build)
         self._lines: list[BuildLine] = []
         self._log_left = house.limits.log_bytes
-        self._ended = asyncio.Event()
+        self._flushing = asyncio.Lock()
 
     async def run(self) -> None:
         """Carry it out, whatever happens, up to its end in the store."""
@@ -231,7 +268,6 @@ class _Job:
             ):
                 await asyncio.wait([keeping, working], return_when=asyncio.FIRST_COMPLETED)
                 (working if working.done() else keeping).result()
-            status = BuildStatus.READY
         except _LostLeaseError:
             log.warning("the build %s is another server's by now", self._build.id)
             return
@@ -248,21 +284,28 @@ class _Job:
         except Exception as failure:
             log.exception("a build failed unexpectedly")
             error = f"an internal error: {type(failure).__name__}"
+        if self._build.status is BuildStatus.READY:  # it is published, whatever came after that
+            status, error = BuildStatus.READY, None
         await to_the_end(self._end(status, error))
 
     async def _carry_out(self) -> None:
         house, build = self._house, self._build
+        if build.status is BuildStatus.READY:
+            return  # its server ended after it was published
         await self._clean_up()
         if build.is_cancelled:
             raise _Cancelled
+        now = house.clock.now()
         if build.started_at is None:
-            await self._save(status=BuildStatus.BUILDING, started_at=house.clock.now())
-        elif build.lines:
+            await self._save(status=BuildStatus.BUILDING, started_at=now)
+        elif now - build.started_at > 2 * timedelta(seconds=house.limits.limit_s):
+            raise ConflictError("it was begun again and again, and never ended")
+        else:
             await self._say("the build begins again: its server ended")
         wish, shape = read(build.plan)
         config, base = ImageConfig(), wish.base
         source: Mapping[str, object] = {"base": base}
-        about = VersionAbout(wish.slug, "Linux", "headless", shape)
+        about = VersionAbout(wish.slug, "Linux", "headless", shape, build_id=build.id)
         fact, node_id = None, ""
         if base is None:
             config, source = await self._stage(wish, about)
@@ -271,17 +314,17 @@ class _Job:
         else:
             known = await house.templates.about(build.org_id, base)
             if known is not None:
-                config = ImageConfig(env=known.env, user=known.user, workdir=known.workdir)
+                config = ImageConfig(known.env, known.user, known.workdir, check=known.ready)
         if wish.base is not None or wish.has_steps:
             await self._steps(wish, Chosen(base, shape), config, about)
             fact, node_id, about = self._kept
         assert fact is not None
         await self._phase("start")
         await self._say("saving a machine that is ready to be cloned")
-        node = house.node(node_id)
+        node, name = house.node(node_id), fact.name
         if node is None:
             raise UnavailableError(f"cannot reach the node {node_id}: it is not known here")
-        await node.prepare_version(fact.name)
+        await self._patiently(lambda: node.prepare_version(name))
         await self._publish(fact, about, source)
 
     # --- the source -----------------------------------------------------------------------
@@ -330,6 +373,14 @@ class _Job:
         """Run the steps in a sandbox, and keep its root file system as a version."""
         async with self._sandbox(base, base.defaults) as box:
             await self._phase("steps")
+            try:
+                await self._shell(box, recipes.CHECK_TOOLS)
+            except ConflictError as error:
+                slug = base.name.partition("@")[0]
+                raise ConflictError(
+                    f"the template {slug} was built by an earlier version of Sandyard; an operator "
+                    f"runs `sandyard template build {slug}` on the host"
+                ) from error
             env = {**config.env, **wish.env}
             for one in wish.files:
                 await self._say(f"writing {one.path}")
@@ -367,7 +418,8 @@ class _Job:
             command |= {"env": env, "user": user, "workdir": workdir}
             data = json.dumps(command).encode()
             await self._write(box, recipes.COMMAND_FILE, _once(data))
-        await self._shell(box, recipe, {"WORKDIR": workdir})
+        keeps = "1" if recipe is recipes.PACK_SELF else ""
+        await self._shell(box, recipe, {"WORKDIR": workdir, "KEEPS": keeps})
         release = await self._read(box, recipes.OS_FILE, _OS_MAX)
         about = replace(
             about,
@@ -385,6 +437,7 @@ class _Job:
             about=about,
             size_max=house.limits.size_max,
         )
+        await house.look_at(box)
         await self._say(f"{fact.size_bytes / 2**20:.0f} MiB")
         await self._save(stages=(*self._build.stages, fact.name))
         self._kept = (fact, box.node_id or "", about)
@@ -398,8 +451,7 @@ class _Job:
         """Create a sandbox for the build, which is deleted after the block."""
         house = self._house
         await self._phase("start a machine")
-        sandbox = await house.creation.create(
-            self._actor,
+        sandbox = await self._created(
             NewSandbox(
                 chosen=template,
                 name=_name_of(self._build),
@@ -412,8 +464,7 @@ class _Job:
                 expires_in=int(house.limits.limit_s) + 600,
                 metadata={"templateBuild": self._build.id},
                 mounts=(),
-            ),
-            wait_s=_START_S,
+            )
         )
         try:
             await self._save(sandbox_id=sandbox.id)
@@ -423,6 +474,25 @@ class _Job:
             yield sandbox
         finally:
             await to_the_end(self._delete(sandbox.id))
+
+    async def _created(self, wish: NewSandbox) -> Sandbox:
+        create = self._house.creation.create
+        return await self._patiently(lambda: create(self._actor, wish, wait_s=_START_S))
+
+    async def _patiently(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Do what may be impossible for a while, such as for lack of capacity."""
+        clock, limit_s = self._house.clock, _PATIENCE_S
+        until, told = clock.monotonic() + limit_s, ""
+        while True:
+            try:
+                return await work()
+            except UnavailableError as error:
+                if clock.monotonic() > until:
+                    raise
+                if error.message != told:
+                    told = error.message
+                    await self._say(f"waiting: {told}")
+                await clock.sleep(_AGAIN_S)
 
     async def _delete(self, reference: str, *, wait: bool = False) -> None:
         try:
@@ -450,7 +520,8 @@ class _Job:
         async with self._house.processes.run(self._actor, box.id, wish, _USE) as following:
             async for event in following.events():
                 if isinstance(event, Output):
-                    for one in text.feed(event.data):
+                    # What is cut off is not worth being taken apart.
+                    for one in text.feed(event.data) if self._log_left > 0 else ():
                         await self._say(one)
                     continue
                 for one in text.end():
@@ -496,41 +567,47 @@ class _Job:
             await self._flush()
 
     async def _flush(self) -> None:
-        if not self._lines:
-            return
-        lines, self._lines = self._lines, []
-        async with self._house.store.write(Turn.SHARED) as tx:
-            await tx.builds.append(self._build.id, lines)
-            await self._saved(tx)
+        async with self._flushing:
+            lines = list(self._lines)
+            if not lines:
+                return
+            async with self._house.store.write(Turn.SHARED) as tx:
+                await tx.builds.append(self._build.id, lines)
+                await self._saved(tx)
+            del self._lines[: len(lines)]
         self._house.bus.hint(topic_of(self._build.id))
 
     # --- the row --------------------------------------------------------------------------
 
     async def _keep(self) -> None:
-        """Keep the lease, write the log, and raise when the build is cancelled."""
-        house, beat_at = self._house, house_now(self._house)
-        with house.bus.subscribe(topic_of(self._build.id)):
-            while True:
-                await house.clock.sleep(_FLUSH_S)
+        """Keep the lease, write the log, and raise when the build is cancelled.
+
+        Raises:
+            UnavailableError: the store has been away for almost as long as the lease lasts.
+        """
+        clock = self._house.clock
+        written_at = clock.monotonic()
+        while True:
+            await clock.sleep(_FLUSH_S)
+            now = clock.monotonic()
+            try:
                 await self._flush()
-                if house_now(house) - beat_at >= _BEAT_S or self._build.is_cancelled:
-                    beat_at = house_now(house)
+                if now - written_at >= _BEAT_S:
                     await self._save()
-                else:
-                    async with house.store.read() as tx:
-                        now = await tx.builds.find(self._build.org_id, self._build.id)
-                    if now is not None and now.is_cancelled:
-                        raise _Cancelled
-                if self._build.is_cancelled:
-                    raise _Cancelled
+                    written_at = now
+            except UnavailableError:
+                if now - written_at > _LEASE.total_seconds() - _BEAT_S:
+                    raise
+            if self._build.is_cancelled:
+                raise _Cancelled
 
     async def _save(self, **changes: object) -> None:
         self._build = replace(self._build, **changes)  # type: ignore[arg-type]
         async with self._house.store.write(Turn.SHARED) as tx:
             await self._saved(tx)
 
-    async def _saved(self, tx: object) -> None:
-        saved = await tx.builds.save(self._build, lease=self._lease, lasts=_LEASE)  # type: ignore[attr-defined]
+    async def _saved(self, tx: Transaction) -> None:
+        saved = await tx.builds.save(self._build, lease=self._lease, lasts=_LEASE)
         if saved is None:
             raise _LostLeaseError
         if saved.is_cancelled:
@@ -555,12 +632,18 @@ class _Job:
         )
         async with self._house.store.write(build.org_id) as tx:
             template = await tx.templates.find(build.org_id, build.slug)
-            if template is None:
+            if template is None or template.last_number < build.number:
                 raise _Cancelled  # it was deleted meanwhile
+            # With the version, so that nothing published is built once more.
             self._build = replace(
-                build, stages=tuple(one for one in build.stages if one != fact.name)
+                build,
+                stages=tuple(one for one in build.stages if one != fact.name),
+                status=BuildStatus.READY,
+                phase="",
             )
             await self._saved(tx)
+            if self._build.is_cancelled:
+                raise _Cancelled
             await tx.versions.add(version)
             latest = max(build.number, template.tags.get(LATEST, 0))
             await tx.templates.put(
@@ -571,36 +654,49 @@ class _Job:
         """Remove what an earlier attempt left."""
         house, build = self._house, self._build
         await self._delete(_name_of(build), wait=True)
-        for name in build.stages:
-            await house.drop(name)
-        if build.stages or build.sandbox_id:
-            await self._save(stages=(), sandbox_id=None)
+        kept = () if build.status is not BuildStatus.READY else await house.names_of(build)
+        left = await house.drop_stages(build, but=kept)
+        if build.stages != left or build.sandbox_id:
+            await self._save(stages=left, sandbox_id=None)
 
     async def _end(self, status: BuildStatus, error: str | None) -> None:
-        house = self._house
-        with suppress(SandyardError, _LostLeaseError):
-            if error is not None:
-                await self._say(f"the build ended: {error}")
-            await self._flush()
-        await self._clean_up_at_end()
+        """Remove what is left, and write the end of the build, while the lease is kept."""
+        async with concurrently(self._beat()):
+            with suppress(SandyardError, _LostLeaseError):
+                if error is not None:
+                    await self._say(f"the build ended: {error}")
+                await self._flush()
+            try:
+                await self._clean_up()
+                await self._remove_uploads()
+            except Exception:  # the end is written whatever cannot be removed
+                log.exception("cannot remove all that a build left")
+        self._build = replace(
+            self._build, status=status, error=error, ended_at=self._house.clock.now(), phase=""
+        )
+        for _ in range(_ENDINGS):
+            try:
+                async with self._house.store.write(Turn.SHARED) as tx:
+                    await tx.builds.save(self._build, lease=self._lease, lasts=None)
+                break
+            except UnavailableError as failure:
+                log.warning("cannot write the end of a build yet: %s", failure.message)
+                await self._house.clock.sleep(_AGAIN_S)
+        self._house.bus.hint(topic_of(self._build.id))
+        log.info("the build %s of %s ended: %s", self._build.id, self._build.slug, status.value)
+
+    async def _beat(self) -> None:
+        with suppress(_LostLeaseError):
+            while True:
+                with suppress(UnavailableError):
+                    await self._save()
+                await self._house.clock.sleep(_BEAT_S)
+
+    async def _remove_uploads(self) -> None:
         wish, _ = read(self._build.plan)
         for upload in (wish.upload, wish.context):
             if upload is not None:
-                with suppress(SandyardError):
-                    await house.uploads.remove(upload)
-        self._build = replace(
-            self._build, status=status, error=error, ended_at=house.clock.now(), phase=""
-        )
-        async with house.store.write(Turn.SHARED) as tx:
-            await tx.builds.save(self._build, lease=self._lease, lasts=None)
-        house.bus.hint(topic_of(self._build.id))
-        log.info("the build %s of %s ended: %s", self._build.id, self._build.slug, status.value)
-
-    async def _clean_up_at_end(self) -> None:
-        try:
-            await self._clean_up()
-        except (SandyardError, _LostLeaseError) as error:
-            log.warning("cannot remove what a build left: %s", error)
+                await self._house.uploads.remove(upload)
 
     async def _release(self) -> None:
         with suppress(SandyardError, _LostLeaseError):
@@ -635,11 +731,6 @@ class _Lines:
 
 def _shown(data: bytes) -> str:
     return printable(_ESCAPES.sub("", data.decode(errors="replace")))
-
-
-def house_now(house: Building) -> float:
-    """Return the monotonic time."""
-    return house.clock.monotonic()
 
 
 def _name_of(build: Build) -> str:

@@ -2,7 +2,8 @@
 
 import base64
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, fields, replace
 from typing import Any, Final
 
 from sandyard.server.core.contracts.bus import Bus
@@ -57,6 +58,11 @@ class Builds:
         self._plans: Mapping[str, Plan] = platform.plans
         self._templates = templates
         self._uploads = uploads
+        self._open = platform.opened
+
+    def following(self, actor: Actor) -> AbstractContextManager[None]:
+        """Count a client that follows a log, while the block lasts. See `Open.one`."""
+        return self._open.one(actor.org_id)
 
     async def create(
         self, actor: Actor, wish: NewTemplate, *, request: Repeatable | None = None
@@ -213,7 +219,7 @@ class Builds:
         actor.require("template:write")
         build = await self.get(actor, slug, build_id)
         async with self._store.write(actor.org_id) as tx:
-            if not await tx.builds.cancel(actor.org_id, build_id):
+            if not await tx.builds.cancel(actor.org_id, build_id, at=self._clock.now()):
                 raise ConflictError(
                     f"cannot cancel the build {build_id}: it has ended", status=build.status.value
                 )
@@ -287,6 +293,7 @@ def _by(actor: Actor) -> dict[str, object]:
 
 def actor_of(build: Build) -> Actor:
     """Return the actor for the sandboxes of a build."""
-    by: Any = dict(build.by)
+    names = {one.name for one in fields(Actor)} - {"org_id", "user_id", "scopes"}
+    by: Any = {name: value for name, value in build.by.items() if name in names}
     scopes = frozenset({"sandbox:create", "sandbox:read", "sandbox:write"})
     return Actor(org_id=build.org_id, user_id=build.owner_user_id, scopes=scopes, **by)

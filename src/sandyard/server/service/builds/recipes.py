@@ -20,7 +20,8 @@ _BUSYBOX: Final = "/run/sandyard/tools/usr/bin/busybox"
 
 PREPARE: Final = f"set -eu\nmkdir -p {FOLDER}\n"
 
-# First to a layout on the disk: skopeo verifies all digests, and what unpacks does not.
+# First to a layout on the disk: skopeo verifies all digests, and what unpacks does not. A tag may
+# move meanwhile, so everything after the first look is by digest.
 FETCH_IMAGE: Final = f"""
 set -eu
 cd {FOLDER}
@@ -28,11 +29,11 @@ export TMPDIR={FOLDER}
 from=docker://$IMAGE
 amd64='--override-os linux --override-arch amd64'
 skopeo $amd64 inspect --retry-times 5 --format '{{{{.Digest}}}}' "$from" >digest
-skopeo $amd64 inspect --retry-times 5 --config --raw "$from" >config.json
 case $IMAGE in
 *@*) ;;
 *) name=${{IMAGE##*/}}; from=docker://${{IMAGE%"$name"}}${{name%%:*}}@$(cat digest) ;;
 esac
+skopeo $amd64 inspect --retry-times 5 --config --raw "$from" >config.json
 skopeo $amd64 copy --insecure-policy --retry-times 5 "$from" oci:image:latest
 echo "digest: $(cat digest)"
 """
@@ -89,12 +90,14 @@ for one in proc sys dev run tmp etc root workspace usr/lib/sandyard; do
 done
 if [ -n "$WORKDIR" ]; then $b mkdir -p "$WORKDIR"; fi
 $b chmod 1777 /tmp
-$b rm -rf /etc/resolv.conf /etc/machine-id /etc/hostname /etc/inittab \
-    /usr/lib/sandyard/command.json
+$b rm -rf /etc/resolv.conf /etc/machine-id /etc/hostname /etc/inittab
+# That of a base is its own, and goes on unless there is another; an image's would be a forged one.
+[ "$KEEPS" = 1 ] || $b rm -rf /usr/lib/sandyard/command.json
 $b printf 'nameserver 172.16.0.1\\noptions timeout:3 attempts:2\\n' >/etc/resolv.conf
 $b printf '' >/etc/machine-id
 $b printf 'sandbox\\n' >/etc/hostname
 if [ -s /.sandyard/command.json ]; then
+    $b rm -rf /usr/lib/sandyard/command.json
     $b cat /.sandyard/command.json >/usr/lib/sandyard/command.json
 fi
 if [ -d /home/user ]; then $b chown 1000:1000 /workspace; fi
@@ -124,6 +127,9 @@ set -eu
 set -- /run/sandyard/pack
 {_PACK}
 """
+
+
+CHECK_TOOLS: Final = "[ -x /run/sandyard/tools/usr/bin/mkfs.erofs ]"
 
 
 def install(kind: str, names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ opens one.
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +45,7 @@ class Uploads:
         self._server_id = platform.server_id
         self._folder = folder
         self._size_max = size_max
+        self._coming: Counter[str] = Counter()
 
     async def take(self, actor: Actor, body: AsyncIterator[bytes]) -> Upload:
         """Keep a stream.
@@ -56,7 +58,7 @@ class Uploads:
         actor.require("template:write")
         async with self._store.read() as tx:
             kept = await tx.uploads.kept(actor.org_id)
-        if kept.count >= _AT_ONCE:
+        if kept.count + self._coming[actor.org_id] >= _AT_ONCE:
             raise LimitReachedError(
                 f"cannot keep another upload: {_AT_ONCE} wait for their builds; each is removed "
                 "after a day",
@@ -65,7 +67,12 @@ class Uploads:
         limit = plan_of(self._plans, actor).template_gb
         size_max = self._size_max if limit is None else min(self._size_max, limit * 2**30)
         upload_id = new_uuid()
-        size, digest = await self._written(self._path(upload_id), body, size_max - kept.size_bytes)
+        self._coming[actor.org_id] += 1
+        try:
+            left = size_max - kept.size_bytes
+            size, digest = await self._written(self._path(upload_id), body, left)
+        finally:
+            self._coming[actor.org_id] -= 1
         upload = Upload(
             upload_id, actor.org_id, actor.user_id, self._server_id, size, digest, self._clock.now()
         )

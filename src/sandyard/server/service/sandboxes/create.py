@@ -279,9 +279,10 @@ def _shape_from(snapshot: Snapshot, wish: NewSandbox) -> Shape:
             f"cannot shrink the disk: the snapshot's has {snapshot.shape.disk_mib} MB",
             field="resources.disk",
         )
-    if wish.template is not None and wish.template != snapshot.template:
+    slug = snapshot.template.partition("@")[0]
+    if wish.template is not None and wish.template not in (snapshot.template, slug):
         raise InvalidArgumentError(
-            f"cannot start {wish.template[:80]} from this snapshot: it is of {snapshot.template}; "
+            f"cannot start {wish.template[:80]} from this snapshot: it is of {slug}; "
             "leave template out",
             field="template",
         )

@@ -233,7 +233,7 @@ class Templates:
         async with self._store.write(actor.org_id) as tx:
             await self._template(tx, actor, slug)
             for build in await tx.builds.page(actor.org_id, slug, limit=_TAGS_MAX):
-                await tx.builds.cancel(actor.org_id, build.id)
+                await tx.builds.cancel(actor.org_id, build.id, at=self._clock.now())
             await tx.templates.remove(actor.org_id, slug, at=self._clock.now())
         self._bus.hint(REMOVED)
 
