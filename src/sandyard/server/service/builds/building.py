@@ -290,8 +290,9 @@ class _Job:
 
     async def _carry_out(self) -> None:
         house, build = self._house, self._build
-        if build.status is BuildStatus.READY:
-            return  # its server ended after it was published
+        if await house.names_of(build):  # its server ended after it was published
+            self._build = replace(build, status=BuildStatus.READY)
+            return
         await self._clean_up()
         if build.is_cancelled:
             raise _Cancelled
@@ -344,8 +345,9 @@ class _Job:
             if wish.image is not None:
                 await self._phase("pull")
                 await self._shell(box, recipes.FETCH_IMAGE, {"IMAGE": _pinned(wish.image)})
-                digest = await self._read(box, f"{recipes.FOLDER}/digest", 200)
-                source = {"image": wish.image, "digest": printable(digest.decode().strip())}
+                said = await self._read(box, f"{recipes.FOLDER}/digest", 200)
+                digest = printable(said.decode(errors="replace").strip())
+                source = {"image": wish.image, "digest": digest}
             elif wish.dockerfile is not None:
                 await self._phase("build")
                 text = wish.dockerfile.encode()
@@ -617,7 +619,10 @@ class _Job:
         self, fact: VersionFact, about: VersionAbout, source: Mapping[str, object]
     ) -> None:
         """Make the result a version, and the template's latest unless a later one is."""
-        build, now = self._build, self._house.clock.now()
+        now = self._house.clock.now()
+        # With the version, so that nothing published is built once more.
+        stages = tuple(one for one in self._build.stages if one != fact.name)
+        build = replace(self._build, stages=stages, status=BuildStatus.READY, phase="")
         version = TemplateVersion(
             org_id=build.org_id,
             slug=build.slug,
@@ -634,21 +639,17 @@ class _Job:
             template = await tx.templates.find(build.org_id, build.slug)
             if template is None or template.last_number < build.number:
                 raise _Cancelled  # it was deleted meanwhile
-            # With the version, so that nothing published is built once more.
-            self._build = replace(
-                build,
-                stages=tuple(one for one in build.stages if one != fact.name),
-                status=BuildStatus.READY,
-                phase="",
-            )
-            await self._saved(tx)
-            if self._build.is_cancelled:
+            saved = await tx.builds.save(build, lease=self._lease, lasts=_LEASE)
+            if saved is None:
+                raise _LostLeaseError
+            if saved.is_cancelled:
                 raise _Cancelled
             await tx.versions.add(version)
             latest = max(build.number, template.tags.get(LATEST, 0))
             await tx.templates.put(
                 replace(template, tags={**template.tags, LATEST: latest}, updated_at=now)
             )
+        self._build = build
 
     async def _clean_up(self) -> None:
         """Remove what an earlier attempt left."""
