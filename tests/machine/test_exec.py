@@ -182,13 +182,13 @@ def test_a_background_job_that_goes_on_writing_lives_on(server: RealServer, box:
 def test_no_cgroup_is_left_when_commands_have_ended(server: RealServer, box: str) -> None:
     for _ in range(3):
         server.execute(box, "true")
+    # Those of background jobs, such as other tests may leave, are not empty.
+    empty = "cd /sys/fs/cgroup/sandyard && grep -l 'populated 0' */cgroup.events"
 
-    def count() -> int:
-        found = server.execute(box, "ls -d /sys/fs/cgroup/sandyard/*/ | wc -l")
-        return int(str(found["stdout"]))
+    def left() -> object:
+        return server.execute(box, empty)["stdout"]
 
-    # The one that lists, and background jobs of other tests, some of which are still ending.
-    wait_until(lambda: count() <= 3, what=count)
+    wait_until(lambda: left() == "", what=left)
 
 
 def test_commands_run_side_by_side(server: RealServer, box: str) -> None:
