@@ -405,7 +405,7 @@ def test_a_build_goes_on_after_the_server_was_killed_and_ends_when_it_is_cancell
     assert server.execute(box(), "touch /go", user="root")["exitCode"] == 0
     told, lines = ended(server, "killed", build)
     assert told["status"] == "ready", lines
-    assert "the build begins again: its server ended" in lines
+    assert "the build starts again: its server ended" in lines
     assert "gone on" in lines
     nothing_is_left(server)
 

@@ -936,7 +936,7 @@ class BuildRows(Protocol):
         ...
 
     async def cancel(self, org_id: str, build_id: str, *, at: datetime) -> bool:
-        """Request that a build is cancelled, and end it if nobody has begun it; False if it has
+        """Request that a build is cancelled, and end it if no server has started it; False if it has
         ended, or is not there."""
         ...
 

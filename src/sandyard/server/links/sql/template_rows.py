@@ -36,7 +36,7 @@ from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.rows import Connection
 from sandyard.server.links.sql.seal import Seal
 
-# A plan may have megabytes, and only whoever carries it out needs it.
+# A plan may have megabytes, and is needed only to carry the build out.
 _BUILD = tuple(one for one in t.builds.c if one.name != "plan_sealed")
 
 
@@ -275,7 +275,7 @@ class BuildTable:
         done = await self._connection.execute(
             update(t.builds).where(*which).values(is_cancelled=True)
         )
-        # Nobody has begun it.
+        # No server has started it.
         await self._connection.execute(
             update(t.builds)
             .where(*which, c.lease_until.is_(None), c.started_at.is_(None))

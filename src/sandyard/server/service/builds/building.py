@@ -300,9 +300,9 @@ class _Job:
         if build.started_at is None:
             await self._save(status=BuildStatus.BUILDING, started_at=now)
         elif now - build.started_at > 2 * timedelta(seconds=house.limits.limit_s):
-            raise ConflictError("it was begun again and again, and never ended")
+            raise ConflictError("it was started several times and did not finish")
         else:
-            await self._say("the build begins again: its server ended")
+            await self._say("the build starts again: its server ended")
         wish, shape = read(build.plan)
         config, base = ImageConfig(), wish.base
         source: Mapping[str, object] = {"base": base}
