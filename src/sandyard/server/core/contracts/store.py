@@ -936,8 +936,8 @@ class BuildRows(Protocol):
         ...
 
     async def cancel(self, org_id: str, build_id: str, *, at: datetime) -> bool:
-        """Request that a build is cancelled, and end it if no server has started it; False if it has
-        ended, or is not there."""
+        """Request that a build is cancelled, and end it if no server has started it; False if it
+        has ended, or is not there."""
         ...
 
     async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:
