@@ -352,7 +352,7 @@ class AsyncSandbox(SandboxFacts):
             await self.files_as(user or "root").write(
                 path,
                 line,
-                mode="0600" if user else "0644",  # whoever the template's user is
+                mode="0600" if user else "0644",  # the template's user may be any
             )
             line = calls.line_from_file(path)
         is_quiet = on_stdout is None and on_stderr is None

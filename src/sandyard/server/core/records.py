@@ -278,8 +278,8 @@ class VersionAbout:
     """What belongs to a version of a template that a user built, besides its files.
 
     `env`, `user` and `workdir` are defaults for programs. `ready` is a command that ends with 0
-    once the machine can be saved as a golden one; `warmup` are commands that it runs before. With
-    the `build_id` in it, no build makes the version of another one.
+    once the machine can be saved as a golden one. The `build_id` makes the versions of two builds
+    different, whatever is in them.
     """
 
     slug: str
@@ -290,7 +290,6 @@ class VersionAbout:
     user: str = ""
     workdir: str = ""
     ready: str | None = None
-    warmup: tuple[str, ...] = ()
     build_id: str = ""
 
 

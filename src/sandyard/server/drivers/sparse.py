@@ -158,3 +158,14 @@ def _copy(source: int, target: int, start: int, end: int) -> None:
         if not copied:
             return
         start += copied
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link; across file systems, a read-only copy with the same holes."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy_sparse(source, target)
+        target.chmod(0o444)

@@ -23,6 +23,7 @@ from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.node import VersionFact, version_name
 from sandyard.server.core.errors import InvalidArgumentError, NoCapacityError
 from sandyard.server.core.records import VersionAbout
+from sandyard.server.drivers.sparse import link_or_copy
 from sandyard.server.node.images.definitions import Definition, Source
 from sandyard.server.node.images.image import Image, read_image, write_manifest
 from sandyard.server.tasks import in_thread
@@ -97,8 +98,8 @@ class Versions:
         try:
             made.chmod(0o711)
             for source in (runtime.kernel, runtime.initrd, runtime.roots[0]):
-                _link(source, made / source.name)
-            _link(version / "root.erofs", made / "root.erofs")
+                link_or_copy(source, made / source.name)
+            link_or_copy(version / "root.erofs", made / "root.erofs")
             size = (version / "root.erofs").stat().st_blocks * 512
             write_manifest(
                 made,
@@ -208,7 +209,7 @@ def _definition_of(about: VersionAbout, digest: str) -> Definition:
         node=None,
         steps=(),
         start=None,
-        warmup=tuple(about.warmup),
+        warmup=(),
         digest=digest,
         env=about.env,
         build_id=about.build_id,
@@ -234,14 +235,3 @@ def _sync(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make a hard link; across file systems, copy the file."""
-    try:
-        target.hardlink_to(source)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        shutil.copyfile(source, target)
-        target.chmod(0o444)

@@ -11,14 +11,13 @@ if it is lost in a crash of the host, so is the request that needs it.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 from pathlib import Path
 
 from sandyard.server.core.errors import DamagedError
 from sandyard.server.drivers.contract import Place
-from sandyard.server.drivers.sparse import copy_sparse
+from sandyard.server.drivers.sparse import link_or_copy
 from sandyard.server.node.host.disks import Disks, used_mib
 from sandyard.server.node.machines import saved as saving
 from sandyard.server.node.machines.console import append_console
@@ -170,16 +169,5 @@ def _made_anew(folder: Path, *others: Path) -> None:
 def _clone(source: SavedMachine, body: Body) -> None:
     """Clone a saved machine's memory and state; the disk is copied separately."""
     saving.check(source, whole=False)
-    _link(source.state.memory, body.memory)
+    link_or_copy(source.state.memory, body.memory)
     saving.copy_state(source.state, body.saved)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make a hard link; across file systems, copy the file."""
-    try:
-        target.hardlink_to(source)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        copy_sparse(source, target)
-        target.chmod(0o444)

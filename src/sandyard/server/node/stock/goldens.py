@@ -275,7 +275,7 @@ class Goldens:
         kinds = {
             (one.template, one.vcpus, one.memory_mib)
             for one in self._known
-            if "@" not in one.template  # there may be any number, and this is told every second
+            if "@" not in one.template  # unlimited in number, and reported every second
         }
         return [GoldenFact(*one) for one in sorted(kinds)]
 

@@ -40,7 +40,7 @@ class NewTemplate:
 
     `base` is a template. `upload` and `context` are ids of uploads: an image's archive, and the
     context of a Dockerfile. `start` is a shell command, `ready` one that ends with 0 once what was
-    started can be used. With `force` nothing that an earlier build made is used again.
+    started can be used.
     """
 
     slug: str
