@@ -65,7 +65,7 @@ def decode(kind: type[_T], raw: object) -> _T:
         CodecError: it is not of that type.
     """
     reader: _Read = _reader(kind)  # type: ignore[arg-type]  # a class can be hashed
-    value: _T = reader(raw, kind.__name__)
+    value: _T = reader(raw, getattr(kind, "__name__", str(kind)))
     return value
 
 

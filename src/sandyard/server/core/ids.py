@@ -7,6 +7,7 @@ import string
 import uuid
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import Final
 
 from sandyard.server.core.errors import InvalidArgumentError
 
@@ -61,8 +62,17 @@ def new_request_id() -> str:
     return "req_" + "".join(secrets.choice(_ALPHABET) for _ in range(20))
 
 
-def new_api_key(*, is_test: bool = False) -> str:
-    """Return a fresh API key; it is shown once and only its digest is kept."""
+E2B_KEY: Final = "e2b_"
+"""How API keys begin that clients of the E2B API accept."""
+
+
+def new_api_key(*, is_test: bool = False, is_for_e2b: bool = False) -> str:
+    """Return a fresh API key; it is shown once and only its digest is kept.
+
+    Clients of the E2B API insist on `e2b_` and hex digits; 160 bits of them.
+    """
+    if is_for_e2b:
+        return E2B_KEY + secrets.token_hex(20)
     kind = "test" if is_test else "live"
     return f"rt_{kind}_" + "".join(secrets.choice(_KEY_ALPHABET) for _ in range(32))
 

@@ -17,11 +17,12 @@ AnswerT = TypeVar("AnswerT")
 
 
 class Op(StrEnum):
-    """The names of the operations."""
+    """The names of the operations: those of agents, and at the end those of `core.copies`."""
 
     HELLO = "hello"
     SETUP = "setup"
     WAKE = "wake"
+    TRUST = "trust"
     MOUNT = "mount"
     UNMOUNT = "unmount"
     EXEC = "exec"
@@ -43,10 +44,15 @@ class Op(StrEnum):
     READ = "read"
     WRITE = "write"
     WATCH_FOLDER = "watch_folder"
+    OPEN_WATCH = "open_watch"
+    READ_WATCH = "read_watch"
+    CLOSE_WATCH = "close_watch"
     DIAL = "dial"
     LISTEN = "listen"
     TAKE = "take"
     STATS = "stats"
+    READ_COPY = "read_copy"
+    WRITE_COPY = "write_copy"
 
 
 DEFAULT: Final = ""
@@ -109,6 +115,19 @@ class Wake(Operation[Done]):
 
 
 @dataclass(frozen=True)
+class Trust(Operation[Done]):
+    """Have the machine's programs trust an authority: its `certificate` (PEM) is added to the
+    image's stores and to /etc/environment. `name_hash` is what OpenSSL finds it by (x509(1),
+    -subject_hash)."""
+
+    op = Op.TRUST
+    answer = Done
+
+    certificate: str
+    name_hash: str
+
+
+@dataclass(frozen=True)
 class SetUp(Operation[Done]):
     """Give the machine its identity. With `entropy` and `wall_ns` it is woken first, as by `Wake`.
 
@@ -116,7 +135,7 @@ class SetUp(Operation[Done]):
     system is grown to the size of its disk. `token` is the one that the agent accepts from now on.
     `authorized_keys` are lines. If they or `password_hash` are missing, the existing ones are kept,
     unless they belong to another sandbox: `replaces_access` removes them. `pace` is how many times
-    slower than usual the machine is.
+    slower than usual the machine is. `trust` is done, too.
     """
 
     op = Op.SETUP
@@ -134,6 +153,7 @@ class SetUp(Operation[Done]):
     disk_bytes: int | None = None
     replaces_access: bool = False
     pace: float | None = None
+    trust: Trust | None = None
 
     @property
     def waking(self) -> Wake | None:
@@ -259,11 +279,12 @@ class Start(Operation[Program]):
 
     It is either a `command` line, run by the shell, or the words of `argv`, the first of which is
     looked up in PATH. With `login` the user's login shell runs it, or is started itself if there is
-    neither. `cwd` `~` is the user's home. With `stdin` it has an input, which `Input` writes to;
-    otherwise its input is empty. With a `terminal` it has an input, too, and one output. Until the
-    first client attaches, at most for ten seconds, it is blocked rather than losing output. If no
-    client has followed it for `hang_up_s`, it gets a hangup. An equal start with the same `key`
-    within a day starts nothing, and is answered with the process of the first.
+    neither. A `cwd` of `~` is the user's home, and one of `~/…` is below it. With `stdin` it has an
+    input, which `Input` writes to; otherwise its input is empty. With a `terminal` it has an input,
+    too, and one output. Until the first client attaches, at most for ten seconds, it is blocked
+    rather than losing output. If no client has followed it for `hang_up_s`, it gets a hangup. An
+    equal start with the same `key` within a day starts nothing, and is answered with the process of
+    the first.
 
     With `replaces` it takes the `tag` of the process with that pid. It is refused if that is not
     the last with the tag any more.
@@ -290,7 +311,8 @@ class Start(Operation[Program]):
 
 @dataclass(frozen=True)
 class Run(Start):
-    """`Start` and `Attach` in one: frames follow the answer. Its end is not kept.
+    """`Start` and `Attach` in one: frames follow the answer. Its end is not kept unless it
+    `keeps_end`.
 
     A `line` takes the place of the command: bytes for the shell, which need not be UTF-8.
     """
@@ -299,6 +321,7 @@ class Run(Start):
     used_by_bytes = True
 
     line: bytes | None = None
+    keeps_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -475,12 +498,18 @@ class FileKind(StrEnum):
     OTHER = "other"  # a device, a pipe, a socket
 
 
+LABEL: Final = "user.e2b."
+"""How the names of extended attributes (xattr(7)) begin that clients of files set and see."""
+
+
 @dataclass(frozen=True)
 class FileFact:
     """The metadata of a file; links are not followed, and have a `target`.
 
     Paths are bytes. `version` is different after each change of the content. `mode` has the
-    permission bits; `owner` and `group` are names, if the machine has any for the ids.
+    permission bits; `owner` and `group` are names, if the machine has any for the ids. `resolved`
+    is the path that a link leads to in the end, and `resolved_kind` what is there, if anything.
+    `labels` are the extended attributes whose names begin with LABEL, without that.
     """
 
     path: bytes
@@ -494,6 +523,9 @@ class FileFact:
     group: str | None = None
     target: bytes | None = None
     version: str | None = None
+    resolved: bytes | None = None
+    resolved_kind: FileKind | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -521,7 +553,11 @@ class FileEnd:
 @dataclass(frozen=True)
 class Stat(Operation[FileFact]):
     """Return the metadata of a path. All operations on files are done as a `user` in the user's own
-    root, where links are followed."""
+    root, where links are followed.
+
+    With `home_of`, an account, a path may begin with `~` or be relative: then it begins in that
+    account's home.
+    """
 
     op = Op.STAT
     asked_by_users = True
@@ -529,6 +565,7 @@ class Stat(Operation[FileFact]):
 
     path: bytes
     user: str = "root"
+    home_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -544,12 +581,13 @@ class ListFolder(Operation[Done]):
     depth: int = 1
     limit: int = 10_000
     user: str = "root"
+    home_of: str | None = None
 
 
 @dataclass(frozen=True)
 class MakeFolder(Operation[FileFact]):
-    """Make a directory. With `parents` its parents are made, too, and an existing one is no
-    error."""
+    """Make a directory. With `parents` its parents are made, too, and an existing one is no error
+    unless it `is_new`."""
 
     op = Op.MAKE_FOLDER
     asked_by_users = True
@@ -560,12 +598,15 @@ class MakeFolder(Operation[FileFact]):
     mode: int | None = None
     owner: str | None = None
     user: str = "root"
+    home_of: str | None = None
+    is_new: bool = False
 
 
 @dataclass(frozen=True)
 class Move(Operation[Done]):
-    """Move a file or directory; an existing file is replaced if `replaces`. The answer says that it
-    has begun, a `FileEnd` that it is done."""
+    """Move a file or directory; an existing file is replaced if `replaces`. With `parents` missing
+    directories are made above the target, for the `owner`. The answer says that it has begun, a
+    `FileEnd` that it is done."""
 
     op = Op.MOVE
     asked_by_users = True
@@ -576,6 +617,9 @@ class Move(Operation[Done]):
     target: bytes
     replaces: bool = False
     user: str = "root"
+    home_of: str | None = None
+    parents: bool = False
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -591,6 +635,7 @@ class Copy(Operation[Done]):
     target: bytes
     replaces: bool = False
     user: str = "root"
+    home_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -605,6 +650,7 @@ class Remove(Operation[Done]):
     path: bytes
     everything: bool = False
     user: str = "root"
+    home_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -624,6 +670,7 @@ class Read(Operation[FileFact]):
     offset: int = 0
     length: int | None = None
     user: str = "root"
+    home_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -632,7 +679,8 @@ class Write(Operation[Done]):
     then an existing file is unchanged, unless it is written `in_place`.
 
     Without `mode` or `owner`, those of an existing file are kept. With `if_version` it must have
-    that version, or with `*` exist; if it `is_new` it must not exist.
+    that version, or with `*` exist; if it `is_new` it must not exist. With `labels` it has these
+    and no others.
     """
 
     op = Op.WRITE
@@ -646,8 +694,10 @@ class Write(Operation[Done]):
     mode: int | None = None
     owner: str | None = None
     user: str = "root"
+    home_of: str | None = None
     if_version: str | None = None
     is_new: bool = False
+    labels: Mapping[str, str] | None = None
 
 
 class ChangeKind(StrEnum):
@@ -686,10 +736,65 @@ class WatchFolder(Operation[Done]):
     path: bytes
     recursive: bool = False
     user: str = "root"
+    home_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A watch that the agent keeps, by its id."""
+
+    watch: str
+
+
+@dataclass(frozen=True)
+class OpenWatch(Operation[Watched]):
+    """Watch a directory, as `WatchFolder` does, and keep the changes until they are read. The watch
+    outlives this connection."""
+
+    op = Op.OPEN_WATCH
+    asked_by_users = True
+    answer = Watched
+
+    path: bytes
+    recursive: bool = False
+    user: str = "root"
+    home_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes in a watched directory, in order; `has_more` if they did not fit into one answer."""
+
+    items: Sequence[FileChange]
+    has_more: bool = False
+
+
+@dataclass(frozen=True)
+class ReadWatch(Operation[Changes]):
+    """Return the changes since the last time, up to now."""
+
+    op = Op.READ_WATCH
+    asked_by_users = True
+    answer = Changes
+
+    watch: str
+
+
+@dataclass(frozen=True)
+class CloseWatch(Operation[Done]):
+    """End a watch."""
+
+    op = Op.CLOSE_WATCH
+    asked_by_users = True
+    answer = Done
+
+    watch: str
 
 
 FileOperation = Stat | ListFolder | MakeFolder | Move | Copy | Remove | Read | Write | WatchFolder
 """What is asked of files."""
+KeptWatch = OpenWatch | ReadWatch | CloseWatch
+"""What is asked of the watches that the agent keeps."""
 
 
 @dataclass(frozen=True)
@@ -759,10 +864,24 @@ class Take(Operation[Done]):
 
 
 @dataclass(frozen=True)
+class Sample:
+    """The machine's resource usage at a time, in milliseconds since the epoch. The CPU's is the
+    average since the sample before."""
+
+    at_ms: int
+    cpu_percent: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    disk_used_bytes: int
+    disk_total_bytes: int
+
+
+@dataclass(frozen=True)
 class Figures:
     """The machine's resource usage: 100 % is one CPU, `uptime` is in seconds.
 
-    For a window only `recent_cpu_percent` is set, which costs less.
+    For a window only `recent_cpu_percent` is set, which costs less. `earlier` are samples of the
+    last hour, one every 15 s while the machine ran, if they were asked for.
     """
 
     cpu_percent: float | None = None
@@ -772,16 +891,19 @@ class Figures:
     disk_total_bytes: int | None = None
     uptime: float | None = None
     recent_cpu_percent: float | None = None
+    earlier: Sequence[Sample] = ()
 
 
 @dataclass(frozen=True)
 class Stats(Operation[Figures]):
-    """Return the resource usage; with `window_s`, the CPU usage of users' programs in that time."""
+    """Return the resource usage; with `window_s`, the CPU usage of users' programs in that time;
+    with `since_ms`, the samples since that time as well."""
 
     op = Op.STATS
     answer = Figures
 
     window_s: float | None = None
+    since_ms: int | None = None
 
 
 AnyOperation = (
@@ -789,6 +911,7 @@ AnyOperation = (
     | Wake
     | MountAll
     | Unmount
+    | Trust
     | SetUp
     | Execute
     | Start
@@ -801,6 +924,7 @@ AnyOperation = (
     | Feed
     | Resize
     | FileOperation
+    | KeptWatch
     | Dial
     | Listen
     | Take
@@ -823,9 +947,9 @@ def may_be_followed(operation: Operation[Any]) -> bool:
             return not operation.stdin  # its late output would be mistaken for the next answer
         case Run():
             return False
-        case Hello() | SetUp() | Wake() | MountAll() | Unmount() | Stats():
+        case Hello() | SetUp() | Wake() | MountAll() | Unmount() | Trust() | Stats():
             return True
-        case Start() | List() | Signal() | Input() | Resize():
+        case Start() | List() | Signal() | Input() | Resize() | ReadWatch() | CloseWatch():
             return True
         case _:
             return False

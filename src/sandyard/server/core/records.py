@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
+from sandyard.server.core.egress import NO_RULES, Policy
 from sandyard.server.core.shapes import NOTHING, Shape, ShapeSeconds
 from sandyard.server.core.states import Status
 
@@ -212,17 +213,25 @@ class Reason:
     message: str
 
 
+NEXT_START: Final = 2**31 - 1
+"""More than any incarnation. See `Sandbox`."""
+
+
 @dataclass(frozen=True)
 class Sandbox:
     """What a user owns. `version` grows with every write and guards it.
 
     `incarnation` counts the starts of its machine; that of `from_snapshot_incarnation` comes from a
-    snapshot, that of `from_disk_incarnation` boots from its own disk. `authorized_keys` are public
+    snapshot, that of `from_disk_incarnation` boots from its own disk, as does the next one that
+    succeeds if this is `NEXT_START`. `authorized_keys` are public
     keys and `ssh_key_ids` whence each comes: the id of a key of the organization, or nothing where
     it was given itself. `saved_bytes` is what its saved state takes on disk. `env` and
     `root_password_hash` are secrets: the store keeps the first encrypted, nothing echoes either.
     At `expires_at` it is deleted, or paused if it `pauses_at_end`: then it has no end while it does
-    not run, and whenever it comes up another, in `lives_s` seconds.
+    not run, and whenever it comes up another, in `lives_s` seconds. If it does not `keeps_memory`,
+    it boots from its disk after such a pause. With `public_ports` its ports
+    are open to everyone under the names that the E2B API gives them, and `port_host` is the Host
+    header that they get there, with `${PORT}` for the port. `network` is what it may reach.
     """
 
     id: str
@@ -248,6 +257,10 @@ class Sandbox:
     expires_at: datetime | None = None
     lives_s: int | None = None
     pauses_at_end: bool = False
+    keeps_memory: bool = True
+    public_ports: bool = False
+    port_host: str | None = None
+    network: Policy = NO_RULES
     node_id: str | None = None
     driver: str | None = None
     ip: str | None = None
@@ -330,9 +343,39 @@ class TemplateVersion:
     removed_at: datetime | None = None
 
 
-class BuildStatus(StrEnum):
-    """The status of a build."""
+@dataclass(frozen=True)
+class RegistryCredential:
+    """A name and a password for a registry of container images, kept encrypted. They are sent to
+    `host` and to no other."""
 
+    id: str
+    org_id: str
+    owner_user_id: str
+    host: str
+    username: str
+    password: str = field(repr=False)
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A value of an organization that sandboxes' requests are given outside the machine, kept
+    encrypted. It is sent to `hosts`, in plain form (`core.egress.plain_host`), and to no others."""
+
+    id: str
+    org_id: str
+    name: str
+    hosts: tuple[str, ...]
+    value: str = field(repr=False)
+    created_at: datetime
+    changed_at: datetime
+    last_used_at: datetime | None = None
+
+
+class BuildStatus(StrEnum):
+    """The status of a build. One that is waiting was announced, and is yet to be described."""
+
+    WAITING = "waiting"
     QUEUED = "queued"
     BUILDING = "building"
     READY = "ready"
@@ -385,6 +428,15 @@ class BuildLine:
 
 
 @dataclass(frozen=True)
+class VersionKey:
+    """What identifies a version of a template."""
+
+    org_id: str
+    slug: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class Upload:
     """A file that was uploaded for a build; it is on the server `server_id`."""
 
@@ -411,6 +463,8 @@ class Standing:
     idle_timeout_s: int
     expires_at: datetime | None
     pauses_at_end: bool
+    keeps_memory: bool
+    network: Policy
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None
@@ -434,7 +488,8 @@ class Mark:
 class Snapshot:
     """A saved state of a sandbox, to start others from. `size_bytes` is on disk.
 
-    One that is not ready is being made until `held_until`. Its `mounts` are the sandbox's.
+    One that is not ready is being made until `held_until`. Its `mounts` and `network` are the
+    sandbox's.
     """
 
     id: str
@@ -452,6 +507,7 @@ class Snapshot:
     created_at: datetime
     held_until: datetime | None = None
     mounts: tuple[Mount, ...] = ()
+    network: Policy = NO_RULES
     is_test: bool = False
 
     def is_made(self, now: datetime) -> bool:
@@ -535,7 +591,8 @@ class SandboxQuery:
     """A query for an organization's sandboxes, newest first, a page at a time.
 
     `after` is the creation time and id of the previous page's last one. `metadata` must be
-    contained in a sandbox's: every name with its value, at every depth.
+    contained in a sandbox's: every name with its value, at every depth. `created_from` is the
+    earliest time of creation. With `oldest_first` the order is reversed.
     """
 
     org_id: str
@@ -550,6 +607,8 @@ class SandboxQuery:
     name_prefix: str | None = None
     node_id: str | None = None
     metadata: Mapping[str, object] | None = None
+    created_from: datetime | None = None
+    oldest_first: bool = False
     after: tuple[datetime, str] | None = None
 
 

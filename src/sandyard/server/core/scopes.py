@@ -10,6 +10,7 @@ SCOPES = frozenset(
         "agent:run", "agent:read", "agent:write", "agent:*",
         "workflow:*", "tool:*", "ssh-key:*", "activity:read",
         "template:read", "template:write", "template:*",
+        "secret:read", "secret:write", "secret:use", "secret:*",
         "admin:resources", "admin:*", "*",
     }
 )  # fmt: skip

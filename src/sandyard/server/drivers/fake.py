@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import socket
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,13 @@ from sandyard.server.drivers.contract import (
     Saved,
     Verdict,
 )
-from sandyard.server.drivers.fake_files import ROOM, FakeFiles, RefusedFileError, end_frame
+from sandyard.server.drivers.fake_files import (
+    ROOM,
+    FakeFiles,
+    RefusedFileError,
+    end_frame,
+    placed,
+)
 from sandyard.server.drivers.fake_programs import (
     AbsentError,
     ConflictingError,
@@ -77,6 +84,7 @@ class Conduct:
     mute_wakes: int = 0  # so many times
     dies_at_set_up: int = 0  # so many times
     recent_cpu_percent: float = 0.0
+    earlier: Sequence[ops.Sample] = ()
     ports: dict[int, int] = field(
         default_factory=dict
     )  # ports that lead to one of this host's loopback
@@ -343,11 +351,13 @@ class FakeMachine:
                 ops.Move() | ops.Copy() | ops.Remove() | ops.Read() | ops.ListFolder()
                 | ops.Write() | ops.WatchFolder()
             ):  # fmt: skip
-                await self._work_on_file(operation, reader, decoder, writer)
+                await self._work_on_file(placed(operation), reader, decoder, writer)
             case (
-                ops.Hello() | ops.SetUp() | ops.Wake() | ops.MountAll() | ops.Unmount()
+                ops.Hello() | ops.SetUp() | ops.Wake() | ops.Trust()
+                | ops.MountAll() | ops.Unmount()
                 | ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize()
                 | ops.Stat() | ops.MakeFolder() | ops.Listen() | ops.Take() | ops.Stats()
+                | ops.OpenWatch() | ops.ReadWatch() | ops.CloseWatch()
             ):  # fmt: skip
                 pass  # nothing follows the answer
             case _:
@@ -405,13 +415,8 @@ class FakeMachine:
         match operation:
             case ops.Hello():
                 return ops.Greeting(1)
-            case ops.SetUp():
-                self.remembers |= {
-                    "token": operation.token,
-                    "hostname": operation.hostname,
-                    "env": json.dumps(dict(operation.env)),
-                    "replaces_access": "yes" if operation.replaces_access else "no",
-                }
+            case ops.SetUp() | ops.Trust():
+                self._set_up(operation)
             case ops.Wake():
                 if not operation.keeps_connections:  # else only its clock was set
                     self.remembers["woken"] = "fully"
@@ -434,15 +439,30 @@ class FakeMachine:
             case (
                 ops.Stat() | ops.ListFolder() | ops.MakeFolder() | ops.Move() | ops.Copy()
                 | ops.Remove() | ops.Read() | ops.Write() | ops.WatchFolder()
+                | ops.OpenWatch() | ops.ReadWatch() | ops.CloseWatch()
             ):  # fmt: skip
                 return self._files.answer(operation)
             case ops.Dial() | ops.Listen() | ops.Take():
                 self._check_door(operation)
             case ops.Stats():
-                whole = ops.Figures(0.5, 2**20, 2**29, 2**20, 2**30, 1.0)
+                earlier = self._conduct.earlier if operation.since_ms is not None else ()
+                whole = ops.Figures(0.5, 2**20, 2**29, 2**20, 2**30, 1.0, earlier=earlier)
                 recent = ops.Figures(recent_cpu_percent=self._conduct.recent_cpu_percent)
                 return whole if operation.window_s is None else recent
         return ops.Done()
+
+    def _set_up(self, operation: ops.SetUp | ops.Trust) -> None:
+        if isinstance(operation, ops.Trust):
+            self.remembers["trusted"] = operation.certificate
+            return
+        self.remembers |= {
+            "token": operation.token,
+            "hostname": operation.hostname,
+            "env": json.dumps(dict(operation.env)),
+            "replaces_access": "yes" if operation.replaces_access else "no",
+        }
+        if operation.trust is not None:
+            self.remembers["trusted"] = operation.trust.certificate
 
     def _mount(self, operation: ops.MountAll | ops.Unmount) -> None:
         mounted = json.loads(self.remembers.get("mounts", "{}"))

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import posixpath
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import replace
 from hashlib import sha256
+from typing import Any, TypeVar, cast
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
@@ -20,21 +22,57 @@ class RefusedFileError(Exception):
         self.code = code
 
 
+HOME = b"/root"
+"""The home of every account."""
+Placed = TypeVar("Placed", bound=ops.FileOperation | ops.OpenWatch)
+
+
+def placed(wish: Placed) -> Placed:
+    """Return an operation with absolute paths."""
+    if wish.home_of is None:
+        return wish
+    found: Any = wish
+    names = ("source", "target") if isinstance(wish, ops.Move | ops.Copy) else ("path",)
+    found = replace(found, **{name: _below_home(getattr(wish, name)) for name in names})
+    return cast("Placed", found)
+
+
+def _below_home(path: bytes) -> bytes:
+    if path == b"~" or path.startswith(b"~/"):
+        path = path[2:]
+    return posixpath.normpath(posixpath.join(HOME, path))
+
+
 class FakeFiles:
-    """A tree: a directory is None, a file its bytes. Access to `/denied` is denied."""
+    """A tree: a directory is None, a file its bytes. Access to `/denied` is denied, and there is no
+    user `nobody`."""
 
     def __init__(self) -> None:
-        self._tree: dict[bytes, bytes | None] = {b"/": None, b"/workspace": None, b"/tmp": None}
+        folders = (b"/", b"/workspace", b"/tmp", HOME)
+        self._tree: dict[bytes, bytes | None] = dict.fromkeys(folders)
         self._modes: dict[bytes, int] = {}
-        self._watches: dict[asyncio.Queue[ops.FileChange], ops.WatchFolder] = {}
+        self._labels: dict[bytes, Mapping[str, str]] = {}
+        self._watches: dict[asyncio.Queue[ops.FileChange], ops.WatchFolder | ops.OpenWatch] = {}
+        self._kept: dict[str, asyncio.Queue[ops.FileChange]] = {}
 
-    def answer(self, wish: ops.FileOperation) -> object:
+    def answer(self, wish: ops.FileOperation | ops.KeptWatch) -> object:
         """Carry out an operation, and return its answer.
 
         Raises:
             RefusedFileError: it fails.
         """
+        if isinstance(wish, ops.ReadWatch | ops.CloseWatch):
+            return self._look(wish)
+        if "nobody" in (wish.user, wish.home_of):
+            raise RefusedFileError(wire.Refusal.NO_USER, b"nobody")
+        wish = placed(wish)
         match wish:
+            case ops.OpenWatch():
+                self._folder(wish.path)
+                changes: asyncio.Queue[ops.FileChange] = asyncio.Queue()
+                name = f"watch-{len(self._kept)}"
+                self._kept[name], self._watches[changes] = changes, wish
+                return ops.Watched(name)
             case ops.Stat():
                 return self.fact(wish.path)
             case ops.ListFolder() | ops.WatchFolder():
@@ -60,8 +98,9 @@ class FakeFiles:
         kind = ops.FileKind.FOLDER if is_folder else ops.FileKind.FILE
         version = sha256(found or b"").hexdigest()[:16]
         return ops.FileFact(
-            path, kind, len(found or b""), mode, 0, 0, 0, "root", "root", version=version
-        )
+            path, kind, len(found or b""), mode, 0, 0, 0, "root", "root", version=version,
+            labels=self._labels.get(path, {}),
+        )  # fmt: skip
 
     def content(self, path: bytes) -> bytes:
         """Return the bytes of a file."""
@@ -102,6 +141,16 @@ class FakeFiles:
         finally:
             del self._watches[changes]
 
+    def _look(self, wish: ops.ReadWatch | ops.CloseWatch) -> object:
+        """Read or end a watch that is kept."""
+        if wish.watch not in self._kept:
+            raise RefusedFileError(wire.Refusal.ABSENT, wish.watch.encode())
+        changes = self._kept[wish.watch]
+        if isinstance(wish, ops.CloseWatch):
+            del self._kept[wish.watch], self._watches[changes]
+            return ops.Done()
+        return ops.Changes(tuple(changes.get_nowait() for _ in range(changes.qsize())))
+
     def _tell(self, path: bytes, kind: ops.ChangeKind, source: bytes | None = None) -> None:
         is_folder = self._tree.get(path, b"") is None
         for changes, wish in self._watches.items():
@@ -126,6 +175,8 @@ class FakeFiles:
         self._tell(wish.path, ops.ChangeKind.CREATED if is_new else ops.ChangeKind.MODIFIED)
         if wish.mode is not None:
             self._modes[wish.path] = wish.mode
+        if wish.labels is not None:
+            self._labels[wish.path] = wish.labels
         return ops.FileEnd(len(data), fact=self.fact(wish.path))
 
     def _find(self, path: bytes) -> bytes | None:
@@ -157,7 +208,9 @@ class FakeFiles:
 
     def _make_folder(self, wish: ops.MakeFolder) -> ops.FileFact:
         if wish.path in self._tree:
-            if not wish.parents or self._tree[wish.path] is not None:
+            if wish.is_new and self._tree[wish.path] is not None:
+                raise RefusedFileError(wire.Refusal.NOT_A_FOLDER, wish.path)
+            if wish.is_new or not wish.parents or self._tree[wish.path] is not None:
                 raise RefusedFileError(wire.Refusal.EXISTS, wish.path)
             return self.fact(wish.path)
         if wish.parents:
@@ -169,6 +222,8 @@ class FakeFiles:
 
     def _move(self, wish: ops.Move | ops.Copy) -> None:
         self._find(wish.source)
+        if isinstance(wish, ops.Move) and wish.parents:
+            self._make_parents(wish.target)
         self._folder(posixpath.dirname(wish.target))
         if wish.target in self._tree and not wish.replaces:
             raise RefusedFileError(wire.Refusal.EXISTS, wish.target)

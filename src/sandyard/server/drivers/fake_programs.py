@@ -115,7 +115,7 @@ class FakeProgram:
                 self._finish(0)
 
     def send(self, number: int) -> None:
-        """Accept a signal, which ends it.
+        """Accept a signal, which ends it unless that is SIGCONT.
 
         Raises:
             ConflictingError: it has ended.
@@ -124,6 +124,8 @@ class FakeProgram:
             raise ConflictingError(f"cannot signal it: the process {self._pid} has ended")
         if self._is_interpreter and number == signal.SIGINT:
             self._interrupted()
+            return
+        if number == signal.SIGCONT:
             return
         self._finish(128 + number, signal.Signals(number).name)
 

@@ -153,35 +153,51 @@ class DetachedProcess:
 def uids_at_work(uids: range) -> set[int]:
     """Return those of a range of accounts under which a process runs."""
     found = set()
-    for entry in Path("/proc").iterdir():
+    for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                uid = entry.stat().st_uid
+                uid = _uid_of(entry, is_hidden=True)
                 if uid in uids and start_time(int(entry.name)) is not None:
                     found.add(uid)
     return found
 
 
-async def kill_all_of(uid: int) -> None:
-    """End every process that runs under an account which only one machine can have.
+async def kill_all_of(uid: int, *, is_hidden: bool = False) -> None:
+    """End every process that runs under an account which only one machine can have. See `all_of`.
 
     Raises:
         UnavailableError: one of them would not go.
     """
-    for pid, started in await in_thread(_processes_of, uid):
-        process = DetachedProcess.find(pid, started=started, boot=boot_id())
-        if process is not None:
-            with contextlib.closing(process):
-                await process.kill()
+    for process in await all_of(uid, is_hidden=is_hidden):
+        with contextlib.closing(process):
+            await process.kill()
 
 
-def _processes_of(uid: int) -> list[tuple[int, int]]:
+async def all_of(uid: int, *, is_hidden: bool = False) -> list[DetachedProcess]:
+    """Return the processes of an account; `is_hidden` ones cannot be traced (prctl(2),
+    PR_SET_DUMPABLE), and are found more slowly."""
+    found = await in_thread(_processes_of, uid, is_hidden=is_hidden)
+    processes = [DetachedProcess.find(pid, started=at, boot=boot_id()) for pid, at in found]
+    return [one for one in processes if one is not None]
+
+
+def _processes_of(uid: int, *, is_hidden: bool) -> list[tuple[int, int]]:
     """Return pid and start of each process of an account; on a full host there are many to see."""
     found = []
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 pid = int(entry.name)
-                if entry.stat().st_uid == uid and (started := start_time(pid)) is not None:
+                is_its = _uid_of(entry, is_hidden=is_hidden) == uid
+                if is_its and (started := start_time(pid)) is not None:
                     found.append((pid, started))
     return found
+
+
+def _uid_of(entry: os.DirEntry[str], *, is_hidden: bool) -> int:
+    """Return the account of a process. Files of hidden ones belong to root (proc(5))."""
+    uid = entry.stat().st_uid
+    if uid or not is_hidden:
+        return uid
+    status = Path(entry.path, "status").read_text(errors="replace")
+    return next(int(one.split()[1]) for one in status.splitlines() if one.startswith("Uid:"))

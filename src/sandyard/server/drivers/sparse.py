@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from sandyard.server.core.errors import InternalError, NoCapacityError
 
 _CHUNK = 1024 * 1024
+_HOLE = 64 * 1024
 _FICLONE = 0x40049409  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2  # the same
 _libc = ctypes.CDLL(None)
@@ -36,6 +37,18 @@ def copy_sparse(source: Path, target: Path) -> None:
         except OSError as error:
             target.unlink()
             raise full_or_broken(error, f"copy {source.name}") from error
+
+
+def write_sparse(descriptor: int, piece: bytes) -> None:
+    """Write a piece at the current position, leaving holes for zeros. The caller sets the size of
+    the file at the end, since it may end with a hole."""
+    for start in range(0, len(piece), _HOLE):
+        chunk = piece[start : start + _HOLE]
+        if chunk.count(0) == len(chunk):
+            os.lseek(descriptor, len(chunk), os.SEEK_CUR)
+            continue
+        while chunk:
+            chunk = chunk[os.write(descriptor, chunk) :]
 
 
 def make_empty(path: Path, size_mib: int) -> None:

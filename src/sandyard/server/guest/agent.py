@@ -23,8 +23,9 @@ from sandyard.server.guest.ops import processes as programs
 from sandyard.server.guest.ops.dial import dial, listen, take
 from sandyard.server.guest.ops.execute import execute
 from sandyard.server.guest.ops.mount import mount
-from sandyard.server.guest.ops.setup import set_up, wake
+from sandyard.server.guest.ops.setup import set_up, trust, wake
 from sandyard.server.guest.ops.stats import stats
+from sandyard.server.guest.ops.watches import Watches
 from sandyard.server.guest.streams import answer, receive, refuse
 from sandyard.server.guest.system import RefusedError
 
@@ -39,6 +40,7 @@ class Agent:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._watches = Watches()
         self._open = 0
 
     async def serve(self, listener: socket.socket) -> None:
@@ -46,7 +48,9 @@ class Agent:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             self._context.table.open(tasks)
+            self._watches.open(tasks)
             tasks.create_task(self._context.load.sample())
+            tasks.create_task(self._context.history.sample())
             while True:
                 connection, _ = await loop.sock_accept(listener)
                 self._take(connection, tasks)
@@ -113,7 +117,7 @@ class Agent:
         match operation:
             case ops.Hello():
                 await answer(connection, ops.Greeting(os.getpid()), again=again)
-            case ops.SetUp() | ops.Wake() | ops.MountAll() | ops.Unmount():
+            case ops.SetUp() | ops.Wake() | ops.MountAll() | ops.Unmount() | ops.Trust():
                 await self._prepare(operation, connection)
                 await answer(connection, ops.Done(), again=again)
             case ops.Execute():
@@ -123,6 +127,9 @@ class Agent:
                 await programs.follow(self._context, operation, connection, decoder)
             case ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize():
                 done = await programs.carry_out(self._context, operation, connection)
+                await answer(connection, done, again=again)
+            case ops.OpenWatch() | ops.ReadWatch() | ops.CloseWatch():
+                done = await self._watches.carry_out(self._context, operation)
                 await answer(connection, done, again=again)
             case ops.Dial():
                 await dial(self._context, operation, connection, decoder)
@@ -142,7 +149,7 @@ class Agent:
 
     async def _prepare(
         self,
-        operation: ops.SetUp | ops.Wake | ops.MountAll | ops.Unmount,
+        operation: ops.SetUp | ops.Wake | ops.MountAll | ops.Unmount | ops.Trust,
         connection: socket.socket,
     ) -> None:
         """Prepare the machine for use.
@@ -156,6 +163,8 @@ class Agent:
                     await set_up(self._context, operation, connection)
                 case ops.Wake():
                     wake(self._context, operation, connection)
+                case ops.Trust():
+                    await trust(self._context, operation)
                 case _:
                     await mount(self._context, operation)
         except (OSError, ValueError) as error:

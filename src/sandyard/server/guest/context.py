@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sandyard.server.core import wire
+from sandyard.server.core import ops, wire
 from sandyard.server.guest import patience, processes, system
 from sandyard.server.guest.callers import Callers
 from sandyard.server.guest.patience import patient
@@ -31,6 +31,8 @@ _LOGIN_LIMIT_S = 5.0
 _CAPTURE_AGAIN_S, _CAPTURE_AGAIN_MAX_S = 60.0, 3600.0
 _SAMPLE_PERIOD_S = 5.0
 _SAMPLES = 13  # a minute of them
+_HISTORY_PERIOD_S = 15.0
+_HISTORY = 240  # an hour of them
 _LEAST_S = 0.5
 """The shortest time to measure over: the kernel counts in ticks of 4 or 10 ms."""
 
@@ -85,6 +87,31 @@ class Load:
         return round(100.0 * share * (os.cpu_count() or 1), 2)
 
 
+class History:
+    """Samples of the machine's resource usage, of the last hour."""
+
+    def __init__(self, root_fd: int) -> None:
+        self._root_fd = root_fd
+        self.samples: collections.deque[ops.Sample] = collections.deque(maxlen=_HISTORY)
+
+    async def sample(self) -> None:
+        """Take samples forever."""
+        busy, total = system.cpu_ticks()
+        while True:
+            await asyncio.sleep(_HISTORY_PERIOD_S)
+            (busy_now, total_now), figures = system.cpu_ticks(), system.stats(self._root_fd)
+            share = (busy_now - busy) / (total_now - total) if total_now > total else 0.0
+            busy, total = busy_now, total_now
+            del figures["uptime"]
+            self.samples.append(
+                ops.Sample(
+                    at_ms=round(time.time() * 1000),
+                    cpu_percent=round(100.0 * max(0.0, share) * (os.cpu_count() or 1), 2),
+                    **figures,
+                )
+            )
+
+
 @dataclass(frozen=True)
 class _Login:
     """The environment of a login, and the `stamp` of the profile files it was captured from."""
@@ -101,6 +128,7 @@ class Context:
     def __init__(self, root_fd: int) -> None:
         self.root_fd = root_fd
         self.load = Load()
+        self.history = History(root_fd)
         self.table = Table()
         self.callers = Callers()
         self.starts = Starts()
@@ -119,6 +147,7 @@ class Context:
         """Adopt what the host told, and store it for a restart of the agent."""
         self.token, self.env = token, dict(env)
         patience.go_by(pace)
+        # The code interpreter of templates/ reads `env` here.
         told = {"token": token, "env": self.env, "pace": pace}
         system.write_private("state", json.dumps(told))
 

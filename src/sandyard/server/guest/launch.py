@@ -28,10 +28,13 @@ def main() -> int:
         os.setgroups(account.groups)
         os.setresgid(account.gid, account.gid, account.gid)
         os.setresuid(account.uid, account.uid, account.uid)
+        folder = str(told["workdir"] or "/")
+        if folder == "~" or folder.startswith("~/"):
+            folder = account.home + folder[1:]
         try:
-            os.chdir(told["workdir"] or "/")
+            os.chdir(folder)
         except OSError as error:
-            sys.stderr.write(f"sandyard: cannot enter {told['workdir']}: {error.strerror}\n")
+            sys.stderr.write(f"sandyard: cannot enter {folder}: {error.strerror}\n")
             os.chdir("/")
         return _become(told, env)
     except (OSError, ValueError, KeyError, TypeError, system.RefusedError) as error:

@@ -13,7 +13,7 @@ import stat
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ class NoFolderError(RefusedError):
     """A process cannot begin in that directory."""
 
     code = Refusal.NO_FOLDER
+
+
+class NoWatchError(RefusedError):
+    """There is no such watch, or its directory is gone."""
+
+    code = Refusal.ABSENT
 
 
 class NoStartError(RefusedError):
@@ -110,16 +116,26 @@ def enter(root_fd: int) -> None:
 
 
 def find_account(root_fd: int, user: str) -> Account:
-    """Return the account of a name or number.
+    """Return the account of a name or number. With `user:group` it has that group alone, as an
+    image's USER says.
 
     Raises:
-        NoUserError: there is no such account.
+        NoUserError: there is no such account, or no such group.
         RefusedError: /etc/passwd cannot be read.
     """
+    user, colon, group = user.partition(":")
+    account = _account_of(root_fd, user)
+    if not colon:
+        return account
+    gid = _group_of(root_fd, group)
+    return replace(account, gid=gid, groups=(gid,))
+
+
+def _account_of(root_fd: int, user: str) -> Account:
     if user in ("root", "0"):
         # Root must be reachable in a machine whose /etc/passwd is damaged.
         return Account("root", 0, 0, "/root", "/bin/bash", (0,))
-    is_number = user.isascii() and user.isdigit() and int(user) < _ID_MAX
+    is_number = _is_id(user)
     try:
         passwd = _read_small(root_fd, "etc/passwd")
     except RefusedError:
@@ -215,7 +231,7 @@ def write_identity(
     if authorized_keys or (replaces_access and os.path.lexists(ssh / "authorized_keys")):
         try:
             ssh.mkdir(mode=0o700, exist_ok=True)
-            _replace(ssh / "authorized_keys", authorized_keys, 0o600)
+            replace_file(ssh / "authorized_keys", authorized_keys, 0o600)
         except OSError:
             if replaces_access:
                 raise
@@ -230,7 +246,7 @@ def write_identity(
 def _write_password(shadow: Path, password_hash: str) -> None:
     """Write root's password hash, whatever else is in shadow(5), or if it does not exist."""
     try:
-        before = _read_regular(shadow)
+        before = read_regular(shadow)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EISDIR):
             raise  # there is one, with others' passwords in it
@@ -246,7 +262,7 @@ def _write_password(shadow: Path, password_hash: str) -> None:
     ]
     # Unchanged content needs no space, which a full disk lacks.
     if (after := "\n".join(changed) + "\n") != before:
-        _replace(shadow, after, 0o600)
+        replace_file(shadow, after, 0o600)
 
 
 def write_boot_id() -> None:
@@ -366,9 +382,24 @@ def _groups_of(root_fd: int, user: str) -> list[int]:
     with contextlib.suppress(RefusedError):
         for line in _read_small(root_fd, "etc/group").splitlines():
             fields = line.split(":")
-            if len(fields) == 4 and user in fields[3].split(",") and fields[2].isdigit():
+            if len(fields) == 4 and user in fields[3].split(",") and _is_id(fields[2]):
                 groups.append(int(fields[2]))
     return groups
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 11 and int(text) < _ID_MAX
+
+
+def _group_of(root_fd: int, group: str) -> int:
+    if _is_id(group):
+        return int(group)
+    with contextlib.suppress(RefusedError):
+        for line in _read_small(root_fd, "etc/group").splitlines():
+            fields = line.split(":")
+            if len(fields) == 4 and fields[0] == group and _is_id(fields[2]):
+                return int(fields[2])
+    raise NoUserError(f"cannot run with the group {group}: there is no such group in the sandbox")
 
 
 def _read_small(root_fd: int, name: str) -> str:
@@ -385,8 +416,12 @@ def _read_small(root_fd: int, name: str) -> str:
         raise RefusedError(f"cannot read /{name} of the sandbox: {error.strerror}") from error
 
 
-def _replace(path: Path, text: str, mode: int) -> None:
-    """Replace a file atomically; if the disk is full, write it in place."""
+def replace_file(path: Path, text: str, mode: int) -> None:
+    """Replace a file atomically; if the disk is full, write it in place.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     part = path.with_name(f".{path.name}.sandyard")
     with contextlib.suppress(FileNotFoundError):
         part.unlink()
@@ -428,7 +463,7 @@ def _overwrite(path: str, text: str, mode: int) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        _replace(Path(path), text, mode)
+        replace_file(Path(path), text, mode)
         return
     try:
         found = os.fstat(descriptor)
@@ -442,10 +477,15 @@ def _overwrite(path: str, text: str, mode: int) -> None:
     finally:
         os.close(descriptor)
     if not is_done:
-        _replace(Path(path), text, mode)
+        replace_file(Path(path), text, mode)
 
 
-def _read_regular(path: Path) -> str:
+def read_regular(path: Path) -> str:
+    """Return the beginning of a regular file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     try:
         with open(descriptor, "rb") as file:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from hashlib import sha1
 from ipaddress import ip_address
 
 from cryptography import x509
@@ -13,6 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from sandyard.server.core.errors import InvalidArgumentError
 
 _SKEW = timedelta(hours=2)  # clocks of hosts need not agree
+_GUEST_SKEW = timedelta(days=2)
 _AUTHORITY_LASTS = timedelta(days=20 * 365)
 _SERVER_LASTS = timedelta(days=5 * 365)
 
@@ -53,6 +55,20 @@ def request_of(private: bytes) -> bytes:
     return request.public_bytes(serialization.Encoding.PEM)
 
 
+def new_network_authority(name: str, now: datetime) -> tuple[str, str, str]:
+    """Return a new authority for the TLS that is ended for sandboxes: its certificate and key, in
+    PEM, and the hash of its name (`core.ops.Trust`)."""
+    made = Authority.new(f"network {name}", now, skew=_GUEST_SKEW)
+    subject = x509.load_pem_x509_certificate(made.certificate).subject
+    # OpenSSL hashes the name in lower case, without the outermost sequence (X509_NAME_hash_ex(3)).
+    plain = b"".join(
+        x509.Name([x509.NameAttribute(one.oid, str(one.value).lower())]).public_bytes()[2:]
+        for one in subject
+    )
+    number = int.from_bytes(sha1(plain, usedforsecurity=False).digest()[:4], "little")
+    return made.certificate.decode(), made.key.decode(), f"{number:08x}"
+
+
 @dataclass(frozen=True)
 class Authority:
     """The certificate authority of an installation, in PEM; its key is secret."""
@@ -61,8 +77,8 @@ class Authority:
     key: bytes = field(repr=False)
 
     @classmethod
-    def new(cls, installation: str, now: datetime) -> "Authority":
-        """Return a new authority."""
+    def new(cls, installation: str, now: datetime, *, skew: timedelta = _SKEW) -> "Authority":
+        """Return a new authority, valid from `skew` ago."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Sandyard {installation}"[:64])])
         certificate = (
@@ -71,7 +87,7 @@ class Authority:
             .issuer_name(name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _SKEW)
+            .not_valid_before(now - skew)
             .not_valid_after(now + _AUTHORITY_LASTS)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs=True), critical=True)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from sandyard.server.core.codec import CodecError, decode
@@ -278,13 +278,22 @@ async def content_of(stream: ByteStream, clock: Clock) -> AsyncIterator[bytes]:
             raise AgentError from error
 
 
-async def run_command(link: AgentLink, command: str, *, limit_s: float, clock: Clock) -> int:
+async def run_command(
+    link: AgentLink,
+    command: str,
+    *,
+    limit_s: float,
+    clock: Clock,
+    user: str = "root",
+    cwd: str = "/",
+    env: Mapping[str, str] | None = None,
+) -> int:
     """Run a command in a machine, discard its output, and return its exit code.
 
     Raises: see `AgentLink.open`; UnavailableError also if it does not end within the limit.
     """
     collector = Collector()
-    wish = Execute(command, timeout_ms=int(limit_s * 1000))
+    wish = Execute(command, int(limit_s * 1000), cwd=cwd, env=env or {}, user=user)
     try:
         async with (
             clock.timeout(limit_s + _GRACE_S),

@@ -2,11 +2,12 @@
 
 import asyncio
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from sandyard.server.core.contracts.volumes import Volumes
+from sandyard.server.core.egress import Credentials, Policy
 from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import AGENT_SOCKET
@@ -24,8 +25,12 @@ class FakeNetwork:
     def __init__(self, places: int = _PLACES) -> None:
         self._free = list(range(places - 1, -1, -1))
         self.in_use: set[int] = set()
+        self.rules: dict[int, Policy] = {}
+        self.credentials: dict[int, Credentials | None] = {}
 
-    async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
+    async def open(
+        self, *, in_use: Iterable[int], crew: Crew, on_change: Callable[[], None] = lambda: None
+    ) -> None:
         """See node.host.network.Network.open."""
         self.in_use = set(in_use)
         self._free = [number for number in self._free if number not in self.in_use]
@@ -45,8 +50,28 @@ class FakeNetwork:
         """See node.host.network.Network.place."""
         return Place(number, f"fake-{number}", "tap0", "02:00:00:00:00:02", f"fake:{number}", 0)
 
+    async def restrict(
+        self,
+        place: Place,
+        policy: Policy,
+        *,
+        folder: Path,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """See node.host.network.Network.restrict: the rules are noted."""
+        self.rules[place.number] = policy
+        if credentials is not None or not policy.ends_tls:
+            self.credentials[place.number] = credentials
+
+    def stamp(self, place: Place) -> str | None:
+        """See node.host.network.Network.stamp."""
+        held = self.credentials.get(place.number)
+        return None if held is None else held.stamp
+
     async def give_back(self, place: Place) -> None:
         """See node.host.network.Network.give_back."""
+        self.rules.pop(place.number, None)
+        self.credentials.pop(place.number, None)
         if place.number in self.in_use:
             self.in_use.discard(place.number)
             self._free.append(place.number)

@@ -275,11 +275,14 @@ class Jobs:
                 resident.current.count_as(wish.incarnation)
                 await resident.current.write()
                 return
+            if wish.policy != resident.record.policy or wish.credentials is not None:
+                await resident.enforce(wish.policy, wish.credentials)
             way = None
             if resident.phase is Phase.WAKING:
                 await resident.saving.let_run()
                 await resident.guest.wake()
                 way = Way.RESUME
+            await resident.trust_if_possible()
             # Not earlier: until it is usable, a repeated request must find the work undone.
             resident.current.count_as(wish.incarnation)
             await resident.current.enter(Phase.RUNNING)
@@ -294,12 +297,14 @@ class Jobs:
         await self._reserve_again(owner, wish)
         began = self._means.clock.monotonic()
         resident, before = owner.resident, owner.resident.record
+        resident.use(wish)
         try:
             await resident.end()  # in case something could not be released before
             state = await resident.saving.checked_state()
             async with self._restores.take(Rank.ASKED, wish.org_id):
                 await resident.process.bring_up(source=state.about)
                 await _woken(resident)
+            await resident.trust_if_possible()
             await resident.mount_anew()
             resident.current.count_as(wish.incarnation)  # as above
             await self._is_running(owner, Way.RESUME)
@@ -340,6 +345,7 @@ class Jobs:
         await self._reserve_again(owner, wish)
         began = self._means.clock.monotonic()
         resident, before = owner.resident, owner.resident.record
+        resident.use(wish)
         try:
             await resident.process.shut_down()
             await resident.end()  # in case something could not be released before
@@ -366,6 +372,7 @@ class Jobs:
         source = await self._snapshots.checked(wish)
         await self._reserve_again(owner, wish)
         resident = owner.resident
+        resident.use(wish)
         if resident.phase in (Phase.RUNNING, Phase.WAKING):
             await resident.saving.pause()
         await resident.end()  # in case something could not be released before

@@ -9,9 +9,14 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from sandyard.server.core.codec import decode
 from sandyard.server.core.contracts.node import (
+    CONNECTIONS_MAX,
+    Connection,
     MachineFact,
     MachineRef,
     MachineWish,
@@ -23,15 +28,20 @@ from sandyard.server.core.contracts.node import (
     TemplateStatus,
     VersionFact,
 )
+from sandyard.server.core.copies import ReadCopy, WriteCopy
+from sandyard.server.core.egress import Credentials, Policy
 from sandyard.server.core.errors import ConflictError, NoCapacityError, SandyardError
 from sandyard.server.core.ops import AnswerT, Operation, Read
 from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
+from sandyard.server.egress.journal import time_of
 from sandyard.server.node.agent import content_of
 from sandyard.server.node.capacity import Capacity
 from sandyard.server.node.generation import Generation
 from sandyard.server.node.host.admission import Admission, Margins
+from sandyard.server.node.host.egress import read_journal
 from sandyard.server.node.host.ledger import Ledger
+from sandyard.server.node.images.copies import opened_copy
 from sandyard.server.node.jobs import Jobs
 from sandyard.server.node.machines.adopt import adopted, go_on
 from sandyard.server.node.machines.console import FailedConsoles, read_console
@@ -50,6 +60,7 @@ log = logging.getLogger(__name__)
 
 _REMOVED_MAX = 4096
 _LITTLE_DISK_MIB = 512
+_COPY_MARGIN_MIB = 2048
 
 
 class Node:
@@ -178,6 +189,38 @@ class Node:
                 await owner.do(self._jobs.snapshot(owner, folder))
         return self._snapshots.fact(snapshot_id)
 
+    async def ensure_network(
+        self,
+        sandbox_id: str,
+        *,
+        incarnation: int,
+        policy: Policy,
+        credentials: Credentials | None = None,
+        version: int = 0,
+    ) -> None:
+        """See core.contracts.node.NodeControl.ensure_network."""
+        with self._owner(sandbox_id) as owner:
+            await owner.at_rest(incarnation, version)
+            owner.step(Ask.OPEN, incarnation)
+            await owner.do(owner.resident.restrict(policy, credentials))
+        self._means.on_change()
+
+    async def connections(
+        self, sandbox_id: str, *, since: float | None = None
+    ) -> tuple[Connection, ...]:
+        """See core.contracts.node.NodeControl.connections."""
+        owner = self._owners.get(sandbox_id)
+        if owner is None or owner.phase is None:
+            raise nothing_here(sandbox_id)
+        folder = self._means.records.folder(owner.resident.record.id)
+        lines = await in_thread(
+            read_journal, folder, now=self._means.clock.now().timestamp(), since=since
+        )
+        if since is None:
+            lines = lines[-CONNECTIONS_MAX:]
+        found = (decode(Connection, one) for one in lines if since is None or time_of(one) > since)
+        return tuple(islice(found, CONNECTIONS_MAX))
+
     async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
         """See core.contracts.node.NodeControl.find_snapshot."""
         return await in_thread(self._snapshots.fact, snapshot_id)
@@ -225,6 +268,8 @@ class Node:
             golden_kinds=tuple(self._goldens.facts()),
             limited=self._means.exports.limited(),
             unreadable=self._means.records.unreadable,
+            enforces_rules=True,
+            ends_tls=True,
         )
         return self._generation.of(report)
 
@@ -302,6 +347,10 @@ class Node:
         self, machine: MachineRef, operation: Operation[AnswerT]
     ) -> AsyncIterator[Opened[AnswerT]]:
         """See core.contracts.node.NodeTunnel.open."""
+        if isinstance(operation, ReadCopy | WriteCopy):
+            async with self._opened_copy(operation) as copy:
+                yield copy
+            return
         owner = self._owners.get(machine.sandbox_id)
         is_here = owner is not None and owner.phase is not None
         if machine.node_id != self._node_id or owner is None or not is_here:
@@ -313,6 +362,16 @@ class Node:
         owner.step(Ask.OPEN, machine.incarnation)
         async with owner.resident.guest.open(operation) as opened:
             yield opened
+
+    @asynccontextmanager
+    async def _opened_copy(self, operation: ReadCopy | WriteCopy) -> AsyncIterator[Opened[Any]]:
+        if isinstance(operation, WriteCopy):
+            # Machines come first: a copy leaves room for more of them.
+            size_mib = (operation.copy.size_bytes >> 20) + _COPY_MARGIN_MIB
+            self._capacity.check_disk(Shape(1, 0, size_mib))
+        async with opened_copy(self._means.images, operation) as opened:
+            yield opened
+        self._means.on_change()
 
     # --- owners ---------------------------------------------------------------------------
 
@@ -393,7 +452,7 @@ class Node:
             if one.resident.is_up and one.phase not in (Phase.PAUSED, Phase.DEAD)
         ]
         in_use = [one.resident.record.slot for one in living]
-        await means.network.open(in_use=in_use, crew=means.crew)
+        await means.network.open(in_use=in_use, crew=means.crew, on_change=means.on_change)
         kept = {one.resident.record.id for one in owners}
         for record in found:
             if record.id not in kept:
@@ -406,6 +465,11 @@ class Node:
             ],
             means.crew,
         )
+        for one in living:
+            try:
+                await one.resident.process.restrict()
+            except SandyardError as error:  # nothing passes, and the reconciler tries again
+                log.error("cannot enforce a sandbox's network rules: %s", error.message)
         for one in owners:
             await one.resident.body.tidy()
         for one in living:

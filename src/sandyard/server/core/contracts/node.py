@@ -8,8 +8,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Generic, Protocol
+from typing import Final, Generic, Protocol
 
+from sandyard.server.core.egress import NO_RULES, Credentials, Policy
 from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
@@ -31,6 +32,10 @@ class Origin(StrEnum):
 
 REBOOTED, POWERED_OFF = "guest_rebooted", "powered_off"
 """Why a machine is dead whose guest brought that about: `MachineFact.reason_code`."""
+
+
+CONNECTIONS_MAX: Final = 1000
+"""Lines of a journal in one answer."""
 
 
 class Way(StrEnum):
@@ -103,6 +108,8 @@ class MachineWish:
     snapshot_id: str | None = None
     replaces_access: bool = False
     mounts: tuple[MountWish, ...] = ()
+    policy: Policy = NO_RULES
+    credentials: Credentials | None = field(default=None, repr=False)
     version: int = 0
 
 
@@ -112,7 +119,7 @@ class MachineFact:
 
     `is_silent` means that its agent does not answer, `is_used` that an operation is in progress
     that counts as a use. `version` is the latest version of the sandbox's row that the node has
-    received.
+    received, and `rules` the digest of the network rules in force (`core.egress.digest_of`).
     """
 
     sandbox_id: str
@@ -129,6 +136,26 @@ class MachineFact:
     version: int = 0
     template: str = ""
     shape: Shape | None = None
+    rules: str = ""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A line of a sandbox's journal: a connection or question, refused or ended, or the number of
+    lines that were `skipped`. `rule` decided: an entry of `allow` or `deny`, `egress`, `private`,
+    or what failed. `secrets` are the names of those that were sent along."""
+
+    time: float
+    verdict: str
+    rule: str = ""
+    name: str = ""
+    address: str = ""
+    port: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    duration_ms: int = 0
+    count: int = 0
+    secrets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,7 +181,9 @@ class TemplateStatus(StrEnum):
 
 @dataclass(frozen=True)
 class TemplateFact:
-    """A template on a node; `error` is that of the last build, even if an older image is used."""
+    """A template on a node; `error` is that of the last build, even if an older image is used.
+    `is_copy` means that another node built its image. `user` and `workdir` are defaults for
+    programs, if it has any."""
 
     slug: str
     name: str
@@ -168,6 +197,9 @@ class TemplateFact:
     created_at: datetime | None = None
     error: str | None = None
     is_hidden: bool = False
+    is_copy: bool = False
+    user: str = ""
+    workdir: str = ""
 
 
 @dataclass(frozen=True)
@@ -234,7 +266,9 @@ class NodeReport:
     `limited` which features its sandboxes lack, a sentence each. `unreadable` are the paths of
     records of machines that cannot be read; the machines are kept. A node that is short of memory
     requests that a sandbox is paused before the kernel kills one. `generation` changes whenever the
-    report does, except for free capacity. `versions` are the names of those that users built.
+    report does, except for free capacity. `versions` are the names of those that users built. A
+    node that does not enforce rules (`enforces_rules`), or does not end TLS (`ends_tls`), is of an
+    earlier version.
     """
 
     node_id: str
@@ -252,6 +286,8 @@ class NodeReport:
     limited: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
+    enforces_rules: bool = False
+    ends_tls: bool = False
 
     def view(self) -> NodeView:
         """Return the part that is sent every second."""
@@ -343,6 +379,37 @@ class NodeControl(Protocol):
 
     async def drop_snapshot(self, snapshot_id: str) -> None:
         """Remove a snapshot; machines that were started from it are not affected."""
+        ...
+
+    async def ensure_network(
+        self,
+        sandbox_id: str,
+        *,
+        incarnation: int,
+        policy: Policy,
+        credentials: Credentials | None = None,
+        version: int = 0,
+    ) -> None:
+        """Return once these rules are in force in a running machine: connections that they do not
+        let pass have ended, and the guest was told to trust the authority of the `credentials`.
+        Without them, those of before stay in use.
+
+        Raises:
+            NotFoundError: the node has no such machine.
+            ConflictError: the machine does not run, or the request was overtaken.
+            UnavailableError: what enforces the rules does not start. Then nothing passes.
+        """
+        ...
+
+    async def connections(
+        self, sandbox_id: str, *, since: float | None = None
+    ) -> tuple[Connection, ...]:
+        """Return lines of the sandbox's journal, oldest first: the latest `CONNECTIONS_MAX`, or as
+        many that follow a time (seconds since 1970). Only sandboxes with rules have a journal.
+
+        Raises:
+            NotFoundError: the node has nothing of the sandbox.
+        """
         ...
 
     async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:

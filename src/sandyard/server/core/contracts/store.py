@@ -15,6 +15,7 @@ from sandyard.server.core.records import (
     AutoTopup,
     Build,
     BuildLine,
+    BuildStatus,
     Claim,
     InUse,
     JoinedNode,
@@ -29,10 +30,12 @@ from sandyard.server.core.records import (
     Organization,
     Project,
     Quarantined,
+    RegistryCredential,
     RequestKey,
     RevokedKey,
     Sandbox,
     SandboxQuery,
+    Secret,
     Snapshot,
     SshKey,
     Standing,
@@ -44,6 +47,7 @@ from sandyard.server.core.records import (
     UsagePeriod,
     User,
     VersionAbout,
+    VersionKey,
     Workspace,
 )
 from sandyard.server.core.states import Status
@@ -106,6 +110,10 @@ class SandboxRows(Protocol):
 
     async def named(self, name: str, *, limit: int) -> list[Sandbox]:
         """Return the live ones of a name in every organization, oldest first."""
+        ...
+
+    async def with_rules(self, org_id: str | None = None) -> list[Sandbox]:
+        """Return the sandboxes that have a node and network rules: an organization's, or all."""
         ...
 
     async def page(self, query: SandboxQuery) -> list[Sandbox]:
@@ -815,6 +823,14 @@ class SnapshotRows(Protocol):
         """Mark a snapshot as complete; return False if it was removed."""
         ...
 
+    async def rename(self, snapshot_id: str, name: str | None) -> None:
+        """Change a snapshot's name.
+
+        Raises:
+            AlreadyExistsError: another one of the organization has it.
+        """
+        ...
+
     async def remove(self, snapshot_id: str, *, at: datetime) -> bool:
         """Remove a snapshot, and remember that it was; False if it does not exist."""
         ...
@@ -883,11 +899,15 @@ class VersionRows(Protocol):
         """Mark a version as removed; False if it is already."""
         ...
 
+    async def every(self) -> list[VersionKey]:
+        """Return all versions of all organizations, oldest first."""
+        ...
+
     async def removed(self) -> list[TemplateVersion]:
         """Return the removed versions whose bytes may still be on nodes."""
         ...
 
-    async def is_kept(self, version: TemplateVersion) -> bool:
+    async def is_kept(self, version: TemplateVersion | VersionKey) -> bool:
         """Tell whether a version that is not removed has the same slug and digest."""
         ...
 
@@ -919,8 +939,16 @@ class BuildRows(Protocol):
         """Return the latest builds of a template, newest first and without their plans."""
         ...
 
-    async def active(self, org_id: str) -> int:
-        """Return how many builds of an organization are queued or in progress."""
+    async def count(self, org_id: str, *statuses: BuildStatus) -> int:
+        """Return how many builds of an organization have one of these statuses."""
+        ...
+
+    async def waiting(self, org_id: str, build_id: str) -> Build | None:
+        """Return an announced build that waits for its steps, with its plan so far."""
+        ...
+
+    async def describe(self, build: Build) -> bool:
+        """Write the whole plan of an announced build, and queue it; False if it is not waiting."""
         ...
 
     async def claim(self, server_id: str, *, lease: str, lasts: timedelta) -> Build | None:
@@ -929,7 +957,8 @@ class BuildRows(Protocol):
         ...
 
     async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:
-        """Write a build except plan and `is_cancelled`, and keep the lease, or give it up for None.
+        """Write a build and keep its lease, or give that up for None. `is_cancelled` is not
+        written, and the plan only of a build that has ended.
 
         Return the build as it is now; None, with nothing written, if the lease was lost.
         """
@@ -940,12 +969,73 @@ class BuildRows(Protocol):
         has ended, or is not there."""
         ...
 
+    async def give_up(self, *, before: datetime, at: datetime, error: str) -> list[Build]:
+        """End the builds from before a time that only one server can work on, and that it does not
+        work on. Return them."""
+        ...
+
+    async def expire(self, *, before: datetime, at: datetime, error: str) -> None:
+        """End the announced builds from before a time that still wait for their steps."""
+        ...
+
     async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:
         """Add lines to a log."""
         ...
 
     async def read(self, build_id: str, *, after: int, limit: int) -> list[BuildLine]:
         """Return the lines of a log after a number."""
+        ...
+
+
+class CredentialRows(Protocol):
+    """Credentials for registries of container images."""
+
+    async def add(self, credential: RegistryCredential) -> None:
+        """Add a credential."""
+        ...
+
+    async def find(self, org_id: str, credential_id: str) -> RegistryCredential | None:
+        """Return an organization's credential."""
+        ...
+
+    async def of(self, org_id: str) -> list[RegistryCredential]:
+        """Return an organization's credentials, newest first."""
+        ...
+
+    async def remove(self, org_id: str, credential_id: str) -> bool:
+        """Remove a credential; False if there is none."""
+        ...
+
+
+class OrgSecretRows(Protocol):
+    """Secrets of organizations; each name is there once in one."""
+
+    async def add(self, secret: Secret) -> None:
+        """Add a secret.
+
+        Raises:
+            AlreadyExistsError: there is one of that name.
+        """
+        ...
+
+    async def find(self, org_id: str, name: str) -> Secret | None:
+        """Return an organization's secret."""
+        ...
+
+    async def of(self, org_id: str) -> list[Secret]:
+        """Return an organization's secrets, by name."""
+        ...
+
+    async def replace(self, secret: Secret) -> bool:
+        """Replace the hosts and the value of a secret; False if there is none."""
+        ...
+
+    async def remove(self, org_id: str, name: str) -> bool:
+        """Remove a secret; False if there is none."""
+        ...
+
+    async def used(self, org_id: str, name: str, *, at: datetime) -> None:
+        """Note when a secret was used; an earlier time changes nothing."""
         ...
 
 
@@ -968,8 +1058,8 @@ class UploadRows(Protocol):
         """Return the uploads on a server from before a time."""
         ...
 
-    async def remove(self, upload_id: str) -> None:
-        """Remove an upload."""
+    async def remove(self, upload_id: str, *, since: datetime | None = None) -> bool:
+        """Remove an upload, with `since` only if it is from that time; False if there is none."""
         ...
 
 
@@ -1139,6 +1229,16 @@ class Transaction(Protocol):
     @property
     def builds(self) -> BuildRows:
         """Builds of templates."""
+        ...
+
+    @property
+    def credentials(self) -> CredentialRows:
+        """Credentials for registries."""
+        ...
+
+    @property
+    def org_secrets(self) -> OrgSecretRows:
+        """Secrets of organizations."""
         ...
 
     @property

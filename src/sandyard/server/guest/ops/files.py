@@ -16,7 +16,7 @@ import signal
 import socket
 import stat as stats
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,8 @@ _FIGURE_MAX = 2**62
 _DEEP = 50_000
 _SMALL = 64 * 1024
 _MODES = 0o7777
+_LABELS_MAX, _LABEL_BYTES = 64, 4096
+_READINGS_MAX = 200
 _KINDS = {
     stats.S_IFREG: ops.FileKind.FILE, stats.S_IFDIR: ops.FileKind.FOLDER,
     stats.S_IFLNK: ops.FileKind.LINK,
@@ -89,27 +91,65 @@ async def carry_out(
             "directories are watched" if among is _watching else "operations on files are under way"
         )
         raise ConflictingError(f"cannot do that now: {most} {what}")
-    for path in _paths_of(wish):
-        if not path.startswith(b"/") or b"\0" in path:
-            raise RefusedError(f"cannot use the path {_shown(path)}: it must begin with /")
-    account = system.find_account(context.root_fd, wish.user)
-    owner = None
-    if isinstance(wish, ops.MakeFolder | ops.Write) and wish.owner is not None:
-        owner = system.find_account(context.root_fd, wish.owner)
-    try:
-        pid = processes.fork(
-            lambda: _Child(context.root_fd, account, owner, connection, decoder).serve(wish)
-        )
-    except OSError as error:
-        raise RefusedError(f"cannot do that in the sandbox: {error.strerror}") from error
+    pid = fork_child(context, wish, connection, decoder)
     among.add(pid)
     try:
-        await _until_ended(pid, connection)
+        await until_ended(pid, connection)
     finally:
         among.discard(pid)
 
 
-async def _until_ended(pid: int, connection: socket.socket) -> None:
+def fork_child(
+    context: Context,
+    wish: ops.FileOperation,
+    connection: socket.socket,
+    decoder: wire.Decoder,
+) -> int:
+    """Start a child that carries out an operation on a connection, and return its pid.
+
+    Raises:
+        RefusedError: there is no such account, or the path cannot be one.
+    """
+    wish = _placed(context, wish)
+    account = system.find_account(context.root_fd, wish.user)
+    owner = None
+    if isinstance(wish, ops.MakeFolder | ops.Write | ops.Move) and wish.owner is not None:
+        owner = system.find_account(context.root_fd, wish.owner)
+    try:
+        return processes.fork(
+            lambda: _Child(context.root_fd, account, owner, connection, decoder).serve(wish)
+        )
+    except OSError as error:
+        raise RefusedError(f"cannot do that in the sandbox: {error.strerror}") from error
+
+
+def _placed(context: Context, wish: ops.FileOperation) -> ops.FileOperation:
+    """Return an operation with absolute paths."""
+    if wish.home_of is not None:
+        home = os.fsencode(system.find_account(context.root_fd, wish.home_of).home)
+        if isinstance(wish, ops.Move | ops.Copy):
+            wish = replace(
+                wish, source=_below_home(wish.source, home), target=_below_home(wish.target, home)
+            )
+        else:
+            wish = replace(wish, path=_below_home(wish.path, home))
+    for path in _paths_of(wish):
+        if not path.startswith(b"/") or b"\0" in path:
+            raise RefusedError(f"cannot use the path {_shown(path)}: it must begin with /")
+    return wish
+
+
+def _below_home(path: bytes, home: bytes) -> bytes:
+    if path.startswith(b"~"):
+        user, slash, rest = path[1:].partition(b"/")
+        if user:
+            raise RefusedError(f"cannot use the path {_shown(path)}: write ~ for your own home")
+        path = rest.lstrip(b"/") if slash else b""
+    # normpath keeps a leading //, as POSIX allows; Linux treats it as /.
+    return b"/" + os.path.normpath(os.path.join(home, path)).lstrip(b"/")
+
+
+async def until_ended(pid: int, connection: socket.socket) -> None:
     """Return once a child has ended. If its host disconnects, it has a moment and is then
     killed."""
     pidfd = os.pidfd_open(pid)
@@ -201,6 +241,8 @@ class _Child:
                 self._make_folder(wish)
             case ops.Move() | ops.Copy():
                 self._make_way(wish)
+                if isinstance(wish, ops.Move) and wish.parents:
+                    self._make_parents(wish.target)
                 self._work(wish.source, lambda: self._transfer(wish))
             case ops.Remove():
                 self._check_remove(wish)
@@ -271,6 +313,7 @@ class _Child:
     def _fact(self, path: bytes) -> ops.FileFact:
         found = os.lstat(path)
         is_link = stats.S_ISLNK(found.st_mode)
+        resolved, resolved_kind = _end_of_link(path) if is_link else (None, None)
         return ops.FileFact(
             path=path,
             kind=_KINDS.get(stats.S_IFMT(found.st_mode), ops.FileKind.OTHER),
@@ -283,6 +326,9 @@ class _Child:
             group=self._name("group", found.st_gid),
             target=os.readlink(path) if is_link else None,
             version=None if is_link else _version_of(found),  # a link's is not its target's
+            resolved=resolved,
+            resolved_kind=resolved_kind,
+            labels=_labels_of(path),
         )
 
     def _name(self, table: str, number: int) -> str | None:
@@ -338,7 +384,11 @@ class _Child:
         try:
             os.mkdir(wish.path)
         except FileExistsError:
-            if not (wish.parents and os.path.isdir(wish.path)):
+            if wish.is_new and not os.path.isdir(wish.path):
+                raise NotADirectoryError(
+                    errno.ENOTDIR, "it is not a directory", wish.path
+                ) from None
+            if wish.is_new or not (wish.parents and os.path.isdir(wish.path)):
                 raise
         else:
             self._own(wish.path)
@@ -440,7 +490,8 @@ class _Child:
         is_done = False
         try:
             self._own_file(descriptor, wish, before)
-            if wish.in_place:  # only after everything that may be refused
+            # Only after everything that may be refused; to watchers it is a change of its own.
+            if wish.in_place and os.fstat(descriptor).st_size:
                 os.ftruncate(descriptor, 0)
             self._answer(ops.Done())
             try:
@@ -490,6 +541,8 @@ class _Child:
             os.fchmod(descriptor, wish.mode & _MODES)
         elif before is not None and not wish.in_place:
             os.fchmod(descriptor, stats.S_IMODE(before.st_mode))
+        if wish.labels is not None:
+            _label(descriptor, wish.labels)
 
     def _take(self, descriptor: int) -> int:
         """Write what the host sends, and return its size.
@@ -529,15 +582,30 @@ class _Child:
         self._answer(ops.Done())
         with select.epoll() as told:
             told.register(watcher.fileno(), select.EPOLLIN)
-            told.register(self._connection, select.EPOLLRDHUP)
+            told.register(self._connection, select.EPOLLRDHUP | select.EPOLLIN)
             while not watcher.is_over:
-                if any(one == self._connection.fileno() for one, _ in told.poll()):
+                events = dict(told.poll())
+                asked = events.get(self._connection.fileno(), 0)
+                if asked & ~select.EPOLLIN:
                     return  # the host has disconnected
                 self._send_entries([encode(one) for one in watcher.changes()])
+                if asked:
+                    self._flush(watcher)
         gone = ops.FileTrouble(
             wire.Refusal.ABSENT.value, f"{_shown(wish.path)}: the directory is gone"
         )
         self._end(ops.FileEnd(trouble=gone))
+
+    def _flush(self, watcher: "Watcher") -> None:
+        """Send every change up to now, and an empty frame for each byte that asked for it: the
+        agent keeps them for a client."""
+        asked = len(self._connection.recv(_PIECE))
+        for _ in range(_READINGS_MAX):  # of what a busy directory adds meanwhile, not all
+            if watcher.is_over or not select.select([watcher.fileno()], [], [], 0)[0]:
+                break
+            self._send_entries([encode(one) for one in watcher.changes()])
+        for _ in range(asked):
+            self._send(wire.Channel.STDOUT, b"")
 
     def _hear_out(self) -> None:
         """Read what the host still sends: a reset could lose the answer."""
@@ -597,6 +665,36 @@ def _remove(path: bytes, *, everything: bool) -> None:
         shutil.rmtree(path)
     else:
         os.rmdir(path)
+
+
+def _end_of_link(path: bytes) -> tuple[bytes, ops.FileKind | None]:
+    """Return where a link leads in the end, and what is there; itself if it leads nowhere."""
+    try:
+        resolved = os.path.realpath(path, strict=True)
+        found = os.stat(path)
+    except OSError:
+        return path, None
+    return resolved, _KINDS.get(stats.S_IFMT(found.st_mode), ops.FileKind.OTHER)
+
+
+def _labels_of(path: bytes) -> dict[str, str]:
+    """Return the labels of a file; none where the file system has none."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(path, follow_symlinks=False)[:_LABELS_MAX]:
+            if name.startswith(ops.LABEL):
+                value = os.getxattr(path, name, follow_symlinks=False)[:_LABEL_BYTES]
+                found[name.removeprefix(ops.LABEL)] = value.decode(errors="replace")
+    return found
+
+
+def _label(descriptor: int, labels: Mapping[str, str]) -> None:
+    with contextlib.suppress(OSError):  # a file system that has none
+        for name in os.listxattr(descriptor):
+            if name.startswith(ops.LABEL) and name.removeprefix(ops.LABEL) not in labels:
+                os.removexattr(descriptor, name)
+    for name, value in labels.items():
+        os.setxattr(descriptor, ops.LABEL + name, value.encode())
 
 
 def _break_off(number: int, frame: object) -> None:

@@ -79,7 +79,9 @@ async def start(
     words = None
     if wish.command is not None and not wish.login and script is None and is_plain(env):
         words = words_of(wish.command)
-    cwd = _home_of(context, account) if wish.cwd == "~" else wish.cwd
+    cwd = wish.cwd
+    if cwd == "~" or cwd.startswith("~/"):
+        cwd = os.path.normpath(_home_of(context, account) + cwd[1:])
     note = None
     if wish.login:
         host = env.get("SSH_CONNECTION", "").partition(" ")[0]
@@ -164,7 +166,7 @@ async def _run(
     """See core.ops.Run."""
     if wish.line is not None:
         wish = dataclasses.replace(wish, command=os.fsdecode(wish.line), line=None)
-    entry = await start(context, wish, connection, is_kept=False)
+    entry = await start(context, wish, connection, is_kept=wish.keeps_end)
     with entry.followed(0) as follower:
         await answer(connection, entry.program())
         await tell(entry, follower, connection, hear_input(entry, connection, decoder))

@@ -78,6 +78,7 @@ ASKS: Final[Mapping[str, NodeMethod]] = {
         _ask(NodeControl, "ensure_gone"),
         _ask(NodeControl, "ensure_snapshot"),
         _ask(NodeControl, "drop_snapshot"),
+        _ask(NodeControl, "ensure_network"),
         _ask(NodeExports, "withdraw"),
         _ask(NodeVersions, "keep_version"),
         _ask(NodeVersions, "prepare_version"),
@@ -86,6 +87,7 @@ ASKS: Final[Mapping[str, NodeMethod]] = {
         _ask(NodeControl, "find_snapshot", is_wish=False),
         _ask(NodeControl, "find_room", is_wish=False),
         _ask(NodeControl, "console", is_wish=False),
+        _ask(NodeControl, "connections", is_wish=False),
         _ask(NodeControl, "report", is_wish=False),
         _ask(NodeControl, "templates", is_wish=False),
     )

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from sandyard.server.core.codec import CodecError
 from sandyard.server.core.contracts.node import (
+    Connection,
     MachineFact,
     MachineWish,
     NodeReport,
@@ -15,6 +16,7 @@ from sandyard.server.core.contracts.node import (
     TemplateFact,
     VersionFact,
 )
+from sandyard.server.core.egress import Credentials, Policy
 from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.records import VersionAbout
@@ -102,6 +104,34 @@ class RemoteNode:
             version=version,
         )
         return fact
+
+    async def ensure_network(
+        self,
+        sandbox_id: str,
+        *,
+        incarnation: int,
+        policy: Policy,
+        credentials: Credentials | None = None,
+        version: int = 0,
+    ) -> None:
+        """See core.contracts.node.NodeControl.ensure_network."""
+        await self._ask(
+            "ensure_network",
+            sandbox_id=sandbox_id,
+            incarnation=incarnation,
+            policy=policy,
+            credentials=credentials,
+            version=version,
+        )
+
+    async def connections(
+        self, sandbox_id: str, *, since: float | None = None
+    ) -> tuple[Connection, ...]:
+        """See core.contracts.node.NodeControl.connections."""
+        found: tuple[Connection, ...] = await self._ask(
+            "connections", sandbox_id=sandbox_id, since=since
+        )
+        return found
 
     async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
         """See core.contracts.node.NodeControl.find_snapshot."""

@@ -36,7 +36,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
+from sandyard.server.core.codec import decode, encode
 from sandyard.server.core.contracts.store import NO_EFFECTS, Effects, Hold
+from sandyard.server.core.egress import NO_RULES, Policy
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.records import (
     Activity,
@@ -65,8 +67,11 @@ from sandyard.server.links.sql.seal import Seal
 # Fields that the database keeps otherwise than by their own name and kind; what is left is kept as
 # it is, so that a field is added to the record and to the table alone.
 _OTHERWISE = frozenset(
-    {"status", "shape", "env", "reason", "mounts", "owner_display_name", "owner_email"}
-)
+    {
+        "status", "shape", "env", "reason", "mounts", "network", "owner_display_name",
+        "owner_email",
+    }
+)  # fmt: skip
 _TUPLES = ("tags", "authorized_keys", "ssh_key_ids")
 _SAME = tuple(one.name for one in fields(Sandbox) if one.name not in _OTHERWISE)
 _USED = ("last_activity_at", "last_activity_kind")
@@ -142,6 +147,13 @@ class SandboxTable:
             .limit(limit)
         )
 
+    async def with_rules(self, org_id: str | None = None) -> list[Sandbox]:
+        """See core.contracts.store.SandboxRows.with_rules."""
+        c = t.sandboxes.c
+        which = [c.network.is_not(None), c.node_id.is_not(None), ~t.is_any_of(sorted(HIDDEN))]
+        which += [] if org_id is None else [c.org_id == org_id]
+        return await self.where(_selected().where(*which).order_by(c.created_at, c.id))
+
     async def page(self, query: SandboxQuery) -> list[Sandbox]:
         """See core.contracts.store.SandboxRows.page."""
         given = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
@@ -153,7 +165,7 @@ class SandboxTable:
             values["metadata"] = json.dumps(query.metadata)
         if query.after is not None:
             values["after_created_at"], values["after_id"] = query.after
-        statement = _page_of(query.statuses, frozenset(values), len(query.tags))
+        statement = _page_of(query.statuses, frozenset(values), len(query.tags), query.oldest_first)
         found = await self._connection.fetch(statement, values)
         return [self._sandbox(row) for row in found if row["status"] in _KNOWN]
 
@@ -231,7 +243,8 @@ class SandboxTable:
         for row in found:
             code, message = row.pop("reason_code"), row.pop("reason_message")
             reason = Reason(code, message) if code else None
-            standing.append(Standing(**row | {"status": Status(row["status"]), "reason": reason}))
+            row |= {"status": Status(row["status"]), "network": _policy(row["network"], self._seal)}
+            standing.append(Standing(**row, reason=reason))
         return standing
 
     async def marks(
@@ -367,6 +380,7 @@ class SandboxTable:
             "disk_mib": sandbox.shape.disk_mib,
             "env_sealed": self._seal.close(sandbox.env),
             "mounts": _plain(sandbox.mounts),
+            "network": _rules(sandbox.network, self._seal),
             "metadata": dict(sandbox.metadata),
             "reason_code": reason.code if reason else None,
             "reason_message": reason.message if reason else None,
@@ -386,6 +400,7 @@ class SandboxTable:
             shape=Shape(found["vcpus"], found["memory_mib"], found["disk_mib"]),
             env=self._seal.open(found["env_sealed"]),
             mounts=_mounts(found["mounts"]),
+            network=_policy(found["network"], self._seal),
             reason=Reason(found["reason_code"], found["reason_message"])
             if found["reason_code"]
             else None,
@@ -489,23 +504,23 @@ class ActivityTable:
 class SnapshotTable:
     """See core.contracts.store.SnapshotRows."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
+        self._seal = seal
 
     async def insert(self, snapshot: Snapshot) -> None:
         """See core.contracts.store.SnapshotRows.insert."""
-        values = vars(snapshot) | {"mounts": _plain(snapshot.mounts)}
+        values = vars(snapshot) | {
+            "mounts": _plain(snapshot.mounts),
+            "network": _rules(snapshot.network, self._seal),
+        }
         del values["shape"]
         try:
             await self._connection.execute(
                 insert(t.snapshots).values(values | vars(snapshot.shape))
             )
         except IntegrityError as error:
-            raise AlreadyExistsError(
-                f"cannot use the name {snapshot.name!r}: another snapshot of the organization has "
-                "it; choose another or delete that one",
-                field="name",
-            ) from error
+            raise _taken_by_snapshot(snapshot.name) from error
 
     async def find(self, org_id: str, reference: str) -> Snapshot | None:
         """See core.contracts.store.SnapshotRows.find."""
@@ -553,6 +568,16 @@ class SnapshotTable:
             .values(is_ready=True, size_bytes=size_bytes, held_until=None)
         )
         return done.rowcount > 0
+
+    async def rename(self, snapshot_id: str, name: str | None) -> None:
+        """See core.contracts.store.SnapshotRows.rename."""
+        c = t.snapshots.c
+        try:
+            await self._connection.execute(
+                update(t.snapshots).where(c.id == snapshot_id).values(name=name)
+            )
+        except IntegrityError as error:
+            raise _taken_by_snapshot(name) from error
 
     async def remove(self, snapshot_id: str, *, at: datetime) -> bool:
         """See core.contracts.store.SnapshotRows.remove."""
@@ -615,7 +640,10 @@ class SnapshotTable:
     async def _snapshots(self, statement: Select[Any]) -> list[Snapshot]:
         found = []
         for row in (await self._connection.execute(statement)).mappings():
-            values = dict(row) | {"mounts": _mounts(row["mounts"])}
+            values = dict(row) | {
+                "mounts": _mounts(row["mounts"]),
+                "network": _policy(row["network"], self._seal),
+            }
             shape = Shape(*(values.pop(name) for name in ("vcpus", "memory_mib", "disk_mib")))
             found.append(Snapshot(**values, shape=shape))
         return found
@@ -731,6 +759,23 @@ def _mounts(found: Sequence[Mapping[str, Any]]) -> tuple[Mount, ...]:
     return tuple(Mount(**one) for one in found)
 
 
+def _rules(policy: Policy, seal: Seal) -> object:
+    if policy == NO_RULES:
+        return None
+    if not policy.inject:
+        return encode(policy)
+    # The headers may have secrets that are written out.
+    return {"sealed": seal.close({"policy": json.dumps(encode(policy))})}
+
+
+def _policy(found: Any, seal: Seal) -> Policy:
+    if found is None:
+        return NO_RULES
+    if "sealed" in found:
+        found = json.loads(seal.open(found["sealed"])["policy"])
+    return decode(Policy, found)
+
+
 def _held(hold: Hold | None) -> dict[str, object]:
     return {
         "lease_owner": hold.owner if hold else None,
@@ -790,12 +835,14 @@ _FIND_NAMED = Prepared(
 
 _ASKED = (
     "owner_user_id", "template", "project_id", "is_test", "exclude_template", "name_prefix",
-    "node_id",
+    "node_id", "created_from",
 )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=128)  # there are too many kinds of list queries to keep them
-def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> Prepared:
+def _page_of(
+    statuses: frozenset[Status], given: frozenset[str], tags: int, oldest_first: bool
+) -> Prepared:
     """Return the statement for a page of sandboxes with some statuses, or of all that are not
     hidden, with named parameters."""
     wanted: list[ColumnElement[bool]] = [t.is_any_of(sorted(statuses))] if statuses else []
@@ -811,6 +858,8 @@ def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> P
         elif name == "name_prefix" and name in given:
             length = bindparam("prefix_length", type_=Integer)
             wanted.append(func.substr(_c.name, 1, length) == bindparam(name, type_=String))
+        elif name == "created_from" and name in given:
+            wanted.append(_c.created_at >= bindparam(name))
         elif name in given:
             wanted.append(_c[name] == bindparam(name))
     has = t.sandbox_tags.c
@@ -821,9 +870,11 @@ def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> P
     if "metadata" in given:
         wanted.append(t.holds(_c.metadata, bindparam("metadata", type_=String)))
     if "after_id" in given:
-        wanted.append(older(_c, (bindparam("after_created_at"), bindparam("after_id"))))
-    newest_first = _selected().where(*wanted).order_by(_c.created_at.desc(), _c.id.desc())
-    return Prepared(newest_first.limit(bindparam("most", type_=Integer)))
+        after: tuple[Any, Any] = (bindparam("after_created_at"), bindparam("after_id"))
+        wanted.append(newer(_c, after) if oldest_first else older(_c, after))
+    order = [one.asc() if oldest_first else one.desc() for one in (_c.created_at, _c.id)]
+    found = _selected().where(*wanted).order_by(*order)
+    return Prepared(found.limit(bindparam("most", type_=Integer)))
 
 
 @functools.cache
@@ -926,6 +977,12 @@ def older(columns: Any, after: tuple[Any, Any]) -> ColumnElement[bool]:
     return or_(columns.created_at < created, and_(columns.created_at == created, columns.id < last))
 
 
+def newer(columns: Any, after: tuple[Any, Any]) -> ColumnElement[bool]:
+    """Return the condition for rows that follow another one in a list sorted oldest first."""
+    created, last = after
+    return or_(columns.created_at > created, and_(columns.created_at == created, columns.id > last))
+
+
 def _name_is_taken(error: IntegrityError, name: str | None) -> AlreadyExistsError | InternalError:
     text = str(error.orig)
     if "uq_sandboxes_live_name" in text or "sandboxes.org_id, sandboxes.name" in text:
@@ -935,3 +992,11 @@ def _name_is_taken(error: IntegrityError, name: str | None) -> AlreadyExistsErro
             field="name",
         )
     return InternalError(f"the database refused a row: {text}")
+
+
+def _taken_by_snapshot(name: str | None) -> AlreadyExistsError:
+    return AlreadyExistsError(
+        f"cannot use the name {name!r}: another snapshot of the organization has it; choose "
+        "another or delete that one",
+        field="name",
+    )

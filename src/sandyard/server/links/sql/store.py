@@ -90,6 +90,8 @@ from sandyard.server.links.sql.seal import Seal
 from sandyard.server.links.sql.tables import HOLDS, NOW, microseconds
 from sandyard.server.links.sql.template_rows import (
     BuildTable,
+    CredentialTable,
+    OrgSecretTable,
     TemplateTable,
     UploadTable,
     VersionTable,
@@ -179,11 +181,13 @@ class SqlTransaction:
         self.facts = FactTable(connection)
         self.prices = PriceTable(connection)
         self.duties = DutyTable(connection)
-        self.snapshots = SnapshotTable(connection)
+        self.snapshots = SnapshotTable(connection, seal)
         self.templates = TemplateTable(connection)
         self.versions = VersionTable(connection, seal)
         self.builds = BuildTable(connection, seal)
         self.uploads = UploadTable(connection)
+        self.credentials = CredentialTable(connection, seal)
+        self.org_secrets = OrgSecretTable(connection, seal)
         self.requests = RequestTable(connection)
         self.tickets = TicketTable(connection)
 

@@ -21,6 +21,7 @@ from sqlalchemy import (
     false,
     literal_column,
     text,
+    true,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -285,6 +286,10 @@ sandboxes = Table(
     Column("expires_at", Moment),
     Column("lives_s", Integer),
     Column("pauses_at_end", Boolean, nullable=False, server_default=false()),
+    Column("keeps_memory", Boolean, nullable=False, server_default=true()),
+    Column("public_ports", Boolean, nullable=False, server_default=false()),
+    Column("port_host", Text),
+    Column("network", JSON(none_as_null=True)),
     Column("node_id", Text),
     Column("driver", Text),
     Column("ip", Text),
@@ -393,6 +398,7 @@ snapshots = Table(
     Column("created_at", Moment, nullable=False),
     Column("held_until", Moment),
     Column("mounts", JSON, nullable=False, server_default="[]"),
+    Column("network", JSON(none_as_null=True)),
     Column("is_test", Boolean, nullable=False, server_default=false()),
     Index("ix_snapshots_node", "node_id"),
     Index("ix_snapshots_org_created", "org_id", "created_at", "id"),
@@ -725,6 +731,34 @@ build_lines = Table(
     Column("at", Moment, nullable=False),
     Column("phase", Text, nullable=False),
     Column("text", Text, nullable=False),
+)
+
+# Credentials for registries of container images.
+registry_credentials = Table(
+    "registry_credentials",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("owner_user_id", ForeignKey("users.id"), nullable=False),
+    Column("host", Text, nullable=False),
+    Column("sealed", Text, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Index("ix_registry_credentials_org", "org_id", "created_at"),
+)
+
+# Secrets of organizations, which requests of sandboxes are given outside the machine.
+org_secrets = Table(
+    "org_secrets",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("hosts", JSON, nullable=False),
+    Column("sealed", Text, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("changed_at", Moment, nullable=False),
+    Column("last_used_at", Moment),
+    Index("ix_org_secrets_name", "org_id", "name", unique=True),
 )
 
 # Files that were uploaded for builds; each is on one server.

@@ -19,18 +19,23 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.exc import IntegrityError
 
 from sandyard.server.core.codec import decode, encode
 from sandyard.server.core.contracts.node import version_name
+from sandyard.server.core.errors import AlreadyExistsError
 from sandyard.server.core.records import (
     Build,
     BuildLine,
     BuildStatus,
     Kept,
+    RegistryCredential,
+    Secret,
     Template,
     TemplateVersion,
     Upload,
     VersionAbout,
+    VersionKey,
 )
 from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.rows import Connection
@@ -130,12 +135,22 @@ class VersionTable:
         )
         return done.rowcount > 0
 
+    async def every(self) -> list[VersionKey]:
+        """See core.contracts.store.VersionRows.every."""
+        c = t.template_versions.c
+        found = await self._connection.execute(
+            select(c.org_id, c.slug, c.digest)
+            .where(c.removed_at.is_(None))
+            .order_by(c.created_at, c.digest)
+        )
+        return [VersionKey(row.org_id, row.slug, row.digest) for row in found]
+
     async def removed(self) -> list[TemplateVersion]:
         """See core.contracts.store.VersionRows.removed."""
         c = t.template_versions.c
         return await self._where(c.removed_at.is_not(None), order=c.removed_at)
 
-    async def is_kept(self, version: TemplateVersion) -> bool:
+    async def is_kept(self, version: TemplateVersion | VersionKey) -> bool:
         """See core.contracts.store.VersionRows.is_kept."""
         c = t.template_versions.c
         found = await self._connection.execute(
@@ -226,13 +241,34 @@ class BuildTable:
             .limit(limit)
         )
 
-    async def active(self, org_id: str) -> int:
-        """See core.contracts.store.BuildRows.active."""
+    async def count(self, org_id: str, *statuses: BuildStatus) -> int:
+        """See core.contracts.store.BuildRows.count."""
         c = t.builds.c
         found = await self._connection.execute(
-            select(func.count()).where(c.org_id == org_id, c.ended_at.is_(None))
+            select(func.count()).where(
+                c.org_id == org_id,
+                c.ended_at.is_(None),
+                c.status.in_([one.value for one in statuses]),
+            )
         )
         return int(found.scalar_one())
+
+    async def waiting(self, org_id: str, build_id: str) -> Build | None:
+        """See core.contracts.store.BuildRows.waiting."""
+        c = t.builds.c
+        found = await self._builds(
+            select(t.builds).where(c.id == build_id, c.org_id == org_id, _is_waiting())
+        )
+        return found[0] if found else None
+
+    async def describe(self, build: Build) -> bool:
+        """See core.contracts.store.BuildRows.describe."""
+        done = await self._connection.execute(
+            update(t.builds)
+            .where(t.builds.c.id == build.id, _is_waiting())
+            .values(self._values(build))
+        )
+        return done.rowcount > 0
 
     async def claim(self, server_id: str, *, lease: str, lasts: timedelta) -> Build | None:
         """See core.contracts.store.BuildRows.claim."""
@@ -241,7 +277,10 @@ class BuildTable:
         waiting = (
             select(c.id)
             .where(
-                c.ended_at.is_(None), is_free, or_(c.server_id.is_(None), c.server_id == server_id)
+                c.ended_at.is_(None),
+                c.status != BuildStatus.WAITING.value,
+                is_free,
+                or_(c.server_id.is_(None), c.server_id == server_id),
             )
             .order_by(c.created_at, c.id)
             .limit(1)
@@ -258,7 +297,9 @@ class BuildTable:
         """See core.contracts.store.BuildRows.save."""
         c = t.builds.c
         values = self._values(build)
-        del values["is_cancelled"], values["plan_sealed"]
+        del values["is_cancelled"]
+        if build.ended_at is None:
+            del values["plan_sealed"]
         token = None if lasts is None else lease
         until = None if lasts is None else _until(lasts)
         return await self._taken(
@@ -279,9 +320,42 @@ class BuildTable:
         await self._connection.execute(
             update(t.builds)
             .where(*which, c.lease_until.is_(None), c.started_at.is_(None))
-            .values(status=BuildStatus.CANCELLED.value, ended_at=at, error="it was cancelled")
+            .values(
+                status=BuildStatus.CANCELLED.value,
+                ended_at=at,
+                error="it was cancelled",
+                plan_sealed=self._seal.close({"plan": "{}"}),  # it may have secrets
+            )
         )
         return done.rowcount > 0
+
+    async def give_up(self, *, before: datetime, at: datetime, error: str) -> list[Build]:
+        """See core.contracts.store.BuildRows.give_up."""
+        c = t.builds.c
+        return await self._builds(
+            update(t.builds)
+            .where(
+                c.ended_at.is_(None),
+                c.server_id.is_not(None),
+                c.created_at < before,
+                or_(c.lease_until.is_(None), c.lease_until < t.now()),
+            )
+            .values(
+                status=BuildStatus.FAILED.value,
+                ended_at=at,
+                error=error,
+                plan_sealed=self._seal.close({"plan": "{}"}),
+            )
+            .returning(*_BUILD)
+        )
+
+    async def expire(self, *, before: datetime, at: datetime, error: str) -> None:
+        """See core.contracts.store.BuildRows.expire."""
+        await self._connection.execute(
+            update(t.builds)
+            .where(_is_waiting(), t.builds.c.created_at < before)
+            .values(status=BuildStatus.FAILED.value, ended_at=at, error=error)
+        )
 
     async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:
         """See core.contracts.store.BuildRows.append."""
@@ -355,13 +429,133 @@ class UploadTable:
         )
         return [Upload(**row) for row in found.mappings()]
 
-    async def remove(self, upload_id: str) -> None:
+    async def remove(self, upload_id: str, *, since: datetime | None = None) -> bool:
         """See core.contracts.store.UploadRows.remove."""
-        await self._connection.execute(delete(t.uploads).where(t.uploads.c.id == upload_id))
+        c = t.uploads.c
+        which = [c.id == upload_id] if since is None else [c.id == upload_id, c.created_at == since]
+        done = await self._connection.execute(delete(t.uploads).where(*which))
+        return done.rowcount > 0
+
+
+class CredentialTable:
+    """See core.contracts.store.CredentialRows."""
+
+    def __init__(self, connection: Connection, seal: Seal) -> None:
+        self._connection = connection
+        self._seal = seal
+
+    async def add(self, credential: RegistryCredential) -> None:
+        """See core.contracts.store.CredentialRows.add."""
+        values = dict(vars(credential))
+        secret = {name: values.pop(name) for name in ("username", "password")}
+        await self._connection.execute(
+            insert(t.registry_credentials).values(**values, sealed=self._seal.close(secret))
+        )
+
+    async def find(self, org_id: str, credential_id: str) -> RegistryCredential | None:
+        """See core.contracts.store.CredentialRows.find."""
+        c = t.registry_credentials.c
+        found = await self._where(c.id == credential_id, c.org_id == org_id)
+        return found[0] if found else None
+
+    async def of(self, org_id: str) -> list[RegistryCredential]:
+        """See core.contracts.store.CredentialRows.of."""
+        return await self._where(t.registry_credentials.c.org_id == org_id)
+
+    async def remove(self, org_id: str, credential_id: str) -> bool:
+        """See core.contracts.store.CredentialRows.remove."""
+        c = t.registry_credentials.c
+        done = await self._connection.execute(
+            delete(t.registry_credentials).where(c.id == credential_id, c.org_id == org_id)
+        )
+        return done.rowcount > 0
+
+    async def _where(self, *which: ColumnElement[bool]) -> list[RegistryCredential]:
+        found = await self._connection.execute(
+            select(t.registry_credentials)
+            .where(*which)
+            .order_by(t.registry_credentials.c.created_at.desc())
+        )
+        credentials = []
+        for row in found.mappings():
+            values: dict[str, Any] = dict(row)
+            values |= self._seal.open(values.pop("sealed"))
+            credentials.append(RegistryCredential(**values))
+        return credentials
+
+
+class OrgSecretTable:
+    """See core.contracts.store.OrgSecretRows."""
+
+    def __init__(self, connection: Connection, seal: Seal) -> None:
+        self._connection = connection
+        self._seal = seal
+
+    async def add(self, secret: Secret) -> None:
+        """See core.contracts.store.OrgSecretRows.add."""
+        try:
+            await self._connection.execute(insert(t.org_secrets).values(**self._values(secret)))
+        except IntegrityError as error:
+            raise AlreadyExistsError(
+                f"cannot add the secret {secret.name}: there is one of that name; replace its value"
+            ) from error
+
+    async def find(self, org_id: str, name: str) -> Secret | None:
+        """See core.contracts.store.OrgSecretRows.find."""
+        found = await self._where(*_named(org_id, name))
+        return found[0] if found else None
+
+    async def of(self, org_id: str) -> list[Secret]:
+        """See core.contracts.store.OrgSecretRows.of."""
+        return await self._where(t.org_secrets.c.org_id == org_id)
+
+    async def replace(self, secret: Secret) -> bool:
+        """See core.contracts.store.OrgSecretRows.replace."""
+        values = self._values(secret)
+        kept = {name: values[name] for name in ("hosts", "sealed", "changed_at")}
+        which = _named(secret.org_id, secret.name)
+        done = await self._connection.execute(update(t.org_secrets).where(*which).values(**kept))
+        return done.rowcount > 0
+
+    async def remove(self, org_id: str, name: str) -> bool:
+        """See core.contracts.store.OrgSecretRows.remove."""
+        done = await self._connection.execute(delete(t.org_secrets).where(*_named(org_id, name)))
+        return done.rowcount > 0
+
+    async def used(self, org_id: str, name: str, *, at: datetime) -> None:
+        """See core.contracts.store.OrgSecretRows.used."""
+        c = t.org_secrets.c
+        is_later = or_(c.last_used_at.is_(None), c.last_used_at < at)
+        await self._connection.execute(
+            update(t.org_secrets).where(*_named(org_id, name), is_later).values(last_used_at=at)
+        )
+
+    def _values(self, secret: Secret) -> dict[str, Any]:
+        values = dict(vars(secret)) | {"hosts": list(secret.hosts)}
+        return values | {"sealed": self._seal.close({"value": values.pop("value")})}
+
+    async def _where(self, *which: ColumnElement[bool]) -> list[Secret]:
+        found = await self._connection.execute(
+            select(t.org_secrets).where(*which).order_by(t.org_secrets.c.name)
+        )
+        secrets = []
+        for row in found.mappings():
+            values: dict[str, Any] = dict(row) | {"hosts": tuple(row["hosts"])}
+            values |= self._seal.open(values.pop("sealed"))
+            secrets.append(Secret(**values))
+        return secrets
+
+
+def _named(org_id: str, name: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return t.org_secrets.c.org_id == org_id, t.org_secrets.c.name == name
 
 
 def _of(table: Any, org_id: str, slug: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     return table.c.org_id == org_id, table.c.slug == slug
+
+
+def _is_waiting() -> ColumnElement[bool]:
+    return and_(t.builds.c.ended_at.is_(None), t.builds.c.status == BuildStatus.WAITING.value)
 
 
 def _until(lasts: timedelta) -> Any:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sandyard.server.core import ops
+from sandyard.server.core import copies, ops
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.node import MachineRef, NodeTunnel, Opened
 from sandyard.server.core.errors import (
@@ -154,7 +154,7 @@ def _asked(payload: bytes) -> TunnelRequest:
         VERSIONS.check(values)
         return TunnelRequest(
             decode(MachineRef, values.get("machine")),
-            ops.operation_of(str(values.get("op")), values.get("args") or {}),
+            copies.operation_of(str(values.get("op")), values.get("args") or {}),
         )
     except (VersionError, ops.UnknownOperationError) as error:
         raise OtherVersionError(

@@ -13,6 +13,9 @@ reach these tables, and the number of connections per slot is limited.
 import ipaddress
 from collections.abc import Sequence
 
+from sandyard.server.core.egress import Rules
+from sandyard.server.egress.config import EGRESS_PORT
+
 _ANY_SLOT = "syd-"  # what the links of every installation on the host begin with
 GUEST_IP = "172.16.0.2"
 GATEWAY_IP = "172.16.0.1"
@@ -29,10 +32,11 @@ _PRIVATE = (
 # (Tencent), 100.100.100.200 (Alibaba), 192.0.0.192 (Oracle Classic). Those by IPv6
 # (fd00:ec2::254, fd20:ce::254, fd00:c1::a9fe:a9fe) cannot be reached: a slot has no IPv6.
 _CLOUDS = ("168.63.129.16",)
-_UNREACHABLE = _PRIVATE + _CLOUDS
+UNREACHABLE = _PRIVATE + _CLOUDS
+"""The ranges that no sandbox reaches, except for what the operator allows."""
 
 
-def guard_rules(*, tap: str, mac: str) -> str:
+def guard_rules(*, tap: str, uplink: str, mac: str, egress_uid: int) -> str:
     """Return the rules at a slot's tap, replacing existing ones.
 
     They are in a table of their own, so that they can be added to machines that survived an
@@ -61,9 +65,11 @@ table inet sandyard_output {{}}
 delete table inet sandyard_output
 table inet sandyard_output {{
   chain output {{
-    # A file server that its guest has taken over reaches that guest and nothing else.
+    # A file server that its guest has taken over reaches that guest and nothing else. What
+    # enforces a sandbox's rules dials for it.
     type filter hook output priority filter; policy drop;
     oifname {{ "lo", "{tap}" }} accept
+    oifname "{uplink}" meta l4proto tcp meta skuid {egress_uid} accept
     ct state established,related accept
   }}
 }}
@@ -104,6 +110,8 @@ def _input(tap: str) -> str:
     iifname "{tap}" ip saddr != {GUEST_IP} drop
     iifname "{tap}" ip daddr {GATEWAY_IP} meta l4proto {{ tcp, udp }} th dport 53 accept
     iifname "{tap}" ip daddr {GATEWAY_IP} icmp type echo-request accept
+    # What `egress_rules` redirect; its port cannot be dialed.
+    iifname "{tap}" tcp dport {EGRESS_PORT} ct status dnat accept
     # The slot's own file servers; where none listens, the kernel refuses at once.
     iifname "{tap}" ip daddr {GATEWAY_IP} tcp dport {ports} accept
     iifname "{tap}" ip daddr {GATEWAY_IP} meta l4proto tcp reject with tcp reset"""
@@ -116,6 +124,7 @@ def slot_rules(
     mac: str,
     outer: ipaddress.IPv4Address,
     agent_port: int,
+    egress_uid: int,
     allow: Sequence[str],
 ) -> str:
     """Return the rules inside one slot, whose `tap` already exists.
@@ -123,7 +132,7 @@ def slot_rules(
     `outer` is the slot's address on the host's side. Packets from the host to it are forwarded to
     the guest, except for the agent's port, which has no such address.
     """
-    return f"""{guard_rules(tap=tap, mac=mac)}
+    return f"""{guard_rules(tap=tap, uplink=uplink, mac=mac, egress_uid=egress_uid)}
 table inet sandyard {{
   chain input {{
     type filter hook input priority filter; policy drop;
@@ -136,7 +145,7 @@ table inet sandyard {{
     # What a machine that stood still sends on an old connection: told at once, not met by silence.
     iifname "{tap}" tcp flags & (fin | syn | rst | ack) != syn reject with tcp reset
     {_accept(allow, f'iifname "{tap}" oifname "{uplink}"')}
-    iifname "{tap}" ip daddr {{ {", ".join(_UNREACHABLE)} }} reject with icmp type admin-prohibited
+    iifname "{tap}" ip daddr {{ {", ".join(UNREACHABLE)} }} reject with icmp type admin-prohibited
     iifname "{tap}" oifname "{uplink}" ct state new accept
     iifname "{uplink}" ct status dnat accept
   }}
@@ -151,6 +160,68 @@ table inet sandyard {{
   }}
 }}
 """
+
+
+def egress_rules(*, tap: str, rules: Rules) -> str:
+    """Return the rules of a sandbox that has its own, replacing those of before.
+
+    All TCP is redirected to the sandbox's egress process; while there is none, the kernel refuses.
+    Everything else is judged here, by ranges alone. What is private passes on to the slot's table.
+    """
+    private, permitted, allowed, denied = (
+        ", ".join(map(str, ipaddress.collapse_addresses(found)))
+        for found in (rules.unreachable, rules.permitted, rules.allowed, rules.denied)
+    )
+    from_guest = f'iifname "{tap}" ip saddr {GUEST_IP} ip daddr != {GATEWAY_IP}'
+    refused = "reject with icmp type admin-prohibited"
+    redirected = f"redirect to :{EGRESS_PORT}"
+    return f"""{NO_EGRESS_RULES}
+table inet sandyard_egress {{
+  chain prerouting {{
+    type nat hook prerouting priority dstnat; policy accept;
+    {_when(permitted, f"{from_guest} meta l4proto tcp ip daddr", redirected)}
+    {from_guest} meta l4proto tcp ip daddr != {{ {private} }} {redirected}
+  }}
+  chain forward {{
+    type filter hook forward priority filter - 2; policy accept;
+    iifname "{tap}" ct direction original jump outgoing
+    # Answers in exchanges that the guest began before these rules.
+    oifname "{tap}" ct direction reply jump answers
+  }}
+  chain answers {{
+    {_when(permitted, "ip saddr", "accept")}
+    ip saddr {{ {private} }} accept
+    meta l4proto tcp drop
+    {_when(allowed, "ip saddr", "accept")}
+    {_when(denied, "ip saddr", "drop")}
+    {"drop" if rules.denies else "accept"}
+  }}
+  chain outgoing {{
+    {_when(permitted, "ip daddr", "jump judged")}
+    ip daddr {{ {private} }} accept
+    jump judged
+  }}
+  chain judged {{
+    # Connections of the time before these rules.
+    meta l4proto tcp reject with tcp reset
+    {"udp dport 443 " + refused if rules.ended else ""}
+    {_when(allowed, "ip daddr", "accept")}
+    {_when(denied, "ip daddr", refused)}
+    {refused if rules.denies else "accept"}
+  }}
+}}
+"""
+
+
+NO_EGRESS_RULES = """
+table inet sandyard_egress {}
+delete table inet sandyard_egress
+"""
+"""What removes `egress_rules`."""
+
+
+def _when(ranges: str, condition: str, verdict: str) -> str:
+    return f"{condition} {{ {ranges} }} {verdict}" if ranges else ""
 
 
 def host_rules(
@@ -188,7 +259,7 @@ table inet {table} {{
     meta nfproto ipv6 drop
     ct state established,related accept
     {_accept(allow, "")}
-    ip daddr {{ {", ".join(_UNREACHABLE)} }} drop
+    ip daddr {{ {", ".join(UNREACHABLE)} }} drop
     ip daddr @neighbours drop
   }}
   chain to_slots {{

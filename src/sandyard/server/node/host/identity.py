@@ -3,7 +3,8 @@
 Several installations may share a host. Each has an id that is part of all its names, and an index
 that determines its subnet and its range of accounts. Claims are files in a folder shared by all
 installations of the host. They are taken under a lock and become void when the home of their
-installation is deleted.
+installation is deleted. A home that is out of sight is not deleted: it may be on a file system that
+is not mounted here, while its machines run.
 """
 
 import fcntl
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandyard.server.core.errors import UnavailableError
+from sandyard.server.drivers.processes import boot_id
 
 REGISTRY = Path("/var/lib/sandyard-installations")
 SLOTS = 1024
@@ -44,6 +46,12 @@ class Identity:
     def table(self) -> str:
         """The name of its nftables table on the host."""
         return f"sandyard_{self.id}"
+
+    @property
+    def egress_uids(self) -> range:
+        """The accounts under which the egress processes of its slots run."""
+        first = self.uid_first + _INDEXES * SLOTS
+        return range(first, first + SLOTS)
 
     @property
     def uids(self) -> range:
@@ -81,7 +89,9 @@ def take_identity(
             chosen = {"id": secrets.token_hex(2), "index": _free_index(others, list(routes))}
         home.mkdir(parents=True, exist_ok=True)
         _write(home / "instance.json", chosen)
-        claim = {**chosen, "home": str(home.resolve())}
+        claim = {
+            **chosen, "home": str(home.resolve()), "device": home.stat().st_dev, "boot": boot_id()
+        }  # fmt: skip
         _write(registry / f"{chosen['id']}.json", claim)
     index = int(str(chosen["index"]))
     return Identity(
@@ -119,10 +129,21 @@ def _subnet(index: int) -> ipaddress.IPv4Network:
 def _claims(registry: Path, home: Path) -> Iterator[dict[str, object]]:
     for path in registry.glob("*.json"):
         claim = _read(path)
-        if claim is None or not Path(str(claim["home"]), "instance.json").exists():
+        if claim is None or _is_void(claim):
             path.unlink(missing_ok=True)
         elif claim["home"] != str(home.resolve()):
             yield claim
+
+
+def _is_void(claim: dict[str, object]) -> bool:
+    """Return whether an installation is gone: its home was deleted, or was not there since the
+    host started."""
+    home = Path(str(claim["home"]))
+    if (home / "instance.json").exists():
+        return False
+    nearest = next(one for one in (home, *home.parents) if one.exists())
+    is_in_sight = nearest.stat().st_dev == claim.get("device")
+    return is_in_sight or claim.get("boot") != boot_id()
 
 
 def _write(path: Path, value: dict[str, object]) -> None:

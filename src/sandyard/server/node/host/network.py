@@ -15,16 +15,22 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from sandyard.server.core.egress import Credentials, Policy, Rules
 from sandyard.server.core.errors import InternalError, NoCapacityError, SandyardError
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.namespaces import in_namespace, path_of, socket_in
 from sandyard.server.drivers.processes import kill_all_of, uids_at_work
+from sandyard.server.egress.dns import Resolver
 from sandyard.server.node.commands import run
-from sandyard.server.node.host.dns import Resolver, forward_dns, host_resolvers
+from sandyard.server.node.host.dns import forward_dns, host_resolvers
+from sandyard.server.node.host.egress import EgressProcesses, has_process
 from sandyard.server.node.host.firewall import (
     GATEWAY_IP,
     GUEST_IP,
+    NO_EGRESS_RULES,
+    UNREACHABLE,
+    egress_rules,
     exceptions_to_remove,
     forward_exceptions,
     guard_rules,
@@ -50,8 +56,11 @@ _FOLLOW_S = 3.0
 class Network(Protocol):
     """Slots for machines, and connections to the machines in them."""
 
-    async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
-        """Prepare the host, keep the slots with these numbers, and remove all others."""
+    async def open(
+        self, *, in_use: Iterable[int], crew: Crew, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        """Prepare the host, keep the slots with these numbers, and remove all others. `on_change`
+        is called when the stamp of a slot in use is another one without a change of its rules."""
         ...
 
     async def close(self) -> None:
@@ -71,6 +80,28 @@ class Network(Protocol):
         """Return the slot with this number."""
         ...
 
+    async def restrict(
+        self,
+        place: Place,
+        policy: Policy,
+        *,
+        folder: Path,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """Return once a slot's rules are in force: connections that they do not let pass have
+        ended. `folder` is that of its machine, for the journal. Without `credentials` those that
+        were given before stay in use, if they are still known.
+
+        Raises:
+            UnavailableError: what enforces them does not start. Then nothing passes.
+            InternalError: the host does not take them. Then those of before are in force.
+        """
+        ...
+
+    def stamp(self, place: Place) -> str | None:
+        """Return the stamp of the credentials in use in a slot, if there are any."""
+        ...
+
     async def give_back(self, place: Place) -> None:
         """Remove a slot with everything in it; does nothing if it does not exist."""
         ...
@@ -88,9 +119,16 @@ class Slots:
     """See Network: the real thing."""
 
     def __init__(
-        self, identity: Identity, *, allow: Sequence[str] = (), resolvers: Sequence[str] = ()
+        self,
+        identity: Identity,
+        *,
+        home: Path,
+        allow: Sequence[str] = (),
+        resolvers: Sequence[str] = (),
+        extra_ca: Path | None = None,
     ) -> None:
-        """Prepare slots whose queries go to `resolvers`, by default to the host's."""
+        """Prepare slots whose queries go to `resolvers`, by default to the host's. See
+        `EgressProcesses` for `extra_ca`."""
         self._identity = identity
         self._allow = tuple(allow)
         self._used: set[int] = set()
@@ -103,16 +141,25 @@ class Slots:
         self._resolvers: Callable[[], Sequence[Resolver]] = (
             (lambda: chosen) if chosen else host_resolvers
         )
+        self._egress = EgressProcesses(
+            empty=home / "empty",
+            uid_of=self._egress_uid,
+            permitted=self._allow,
+            resolvers=self._resolvers,
+            extra_ca=extra_ca,
+        )
 
-    async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
+    async def open(
+        self, *, in_use: Iterable[int], crew: Crew, on_change: Callable[[], None] = lambda: None
+    ) -> None:
         """See Network.open."""
         self._crew = crew
         self._used = set(in_use)
         await self._prepare_host()
         await self._sweep()
+        self._egress.open(crew, on_change)
         for number in self._used:
             await self._guard(self.place(number))
-            self._start_dns(self.place(number))
         self._refill_in_background()
         following = self._follow_neighbours()
         crew.start(following, "the firewall no longer follows the host's networks")
@@ -121,6 +168,7 @@ class Slots:
         """See Network.close."""
         for task in self._dns.values():
             task.cancel()
+        await self._egress.close()
         async with self._lock:
             while self._spare:
                 await self._remove(self._spare.pop())
@@ -130,9 +178,33 @@ class Slots:
         async with self._lock:
             place = self._spare.pop() if self._spare else await self._make()
             self._used.add(place.number)
-        self._start_dns(place)
         self._refill_in_background()
         return place
+
+    async def restrict(
+        self,
+        place: Place,
+        policy: Policy,
+        *,
+        folder: Path,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """See Network.restrict."""
+        if policy.is_default:
+            if self._egress.guards(place) or has_process(place, folder):
+                await _nft_in(place, NO_EGRESS_RULES)
+                await self._egress.stop(place, folder)
+            if place.number not in self._dns:
+                self._start_dns(place)
+            return
+        ranges = (tuple(map(ipaddress.IPv4Network, one)) for one in (UNREACHABLE, self._allow))
+        await _nft_in(place, egress_rules(tap=_TAP, rules=Rules(policy, *ranges)))
+        await self._stop_dns(place)
+        await self._egress.apply(place, folder, policy, credentials)
+
+    def stamp(self, place: Place) -> str | None:
+        """See Network.stamp."""
+        return self._egress.stamp(place)
 
     def place(self, number: int) -> Place:
         """See Network.place."""
@@ -147,10 +219,8 @@ class Slots:
 
     async def give_back(self, place: Place) -> None:
         """See Network.give_back."""
-        dns = self._dns.pop(place.number, None)
-        if dns is not None:
-            dns.cancel()
-            await asyncio.wait([dns])
+        await self._stop_dns(place)
+        await self._egress.stop(place)
         await kill_all_of(place.uid)
         async with self._lock:
             await self._remove(place)
@@ -167,6 +237,9 @@ class Slots:
             connection.close()
             raise
         return connection
+
+    def _egress_uid(self, place: Place) -> int:
+        return self._identity.egress_uids[place.number]
 
     def _outer(self, number: int) -> ipaddress.IPv4Address:
         return self._identity.subnet[number * 4 + 2]
@@ -212,6 +285,10 @@ class Slots:
         for uid in uids_at_work(self._identity.uids):
             if uid not in kept:
                 await self._swept(uid - self._identity.uid_first, kill_all_of(uid))
+        egress = self._identity.egress_uids
+        for uid in uids_at_work(egress):
+            if uid - egress.start not in self._used:
+                await self._swept(uid - egress.start, kill_all_of(uid, is_hidden=True))
         prefix = self._identity.prefix
         for path in path_of(prefix).parent.glob(f"{prefix}-*"):
             number = int(path.name.removeprefix(f"{prefix}-"))
@@ -261,7 +338,10 @@ class Slots:
     async def _guard(self, place: Place) -> None:
         """Add the rules at the tap to a slot created by an earlier version."""
         try:
-            rules = guard_rules(tap=_TAP, mac=place.mac) + input_rules(tap=_TAP)
+            guard = guard_rules(
+                tap=_TAP, uplink=_UPLINK, mac=place.mac, egress_uid=self._egress_uid(place)
+            )
+            rules = guard + input_rules(tap=_TAP)
             await _nft_in(place, rules)
         except InternalError as error:
             log.warning("cannot add the filter to a machine's tap: %s", error.message)
@@ -282,6 +362,7 @@ class Slots:
             mac=place.mac,
             outer=outer,
             agent_port=AGENT_PORT,
+            egress_uid=self._egress_uid(place),
             allow=self._allow,
         )
         # The rules are in place before the first link is up, so no packet passes without them.
@@ -298,6 +379,12 @@ class Slots:
         await in_thread(lambda: asyncio.run(_delete_host_link(self._host_link(place.number))))
         if path_of(place.netns).exists():
             await run(["ip", "netns", "del", place.netns], limit_s=_TOOL_LIMIT_S)
+
+    async def _stop_dns(self, place: Place) -> None:
+        dns = self._dns.pop(place.number, None)
+        if dns is not None:
+            dns.cancel()
+            await asyncio.wait([dns])
 
     def _start_dns(self, place: Place) -> None:
         if self._crew is not None:

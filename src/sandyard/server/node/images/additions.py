@@ -1,9 +1,10 @@
 """The files that a build adds to the trees of an image, packed on the host from trusted sources."""
 
 import io
+import os
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[3]
@@ -13,6 +14,7 @@ _AGENT = f"{_OURS}/agent/sandyard"
 GUEST_PACKAGES = ("server/core", "server/guest")
 _FOLDERS = ("workspace", "proc", "sys", "dev", "run", "tmp", "usr/lib/modules")
 _BUSYBOX = "/run/sandyard/tools/usr/bin/busybox"
+WHEELS = "/var/cache/wheels"
 _RESOLVER = b"nameserver 172.16.0.1\noptions timeout:3 attempts:2\n"
 
 
@@ -35,18 +37,26 @@ def pack_tools(target: Path) -> None:
 
 
 def pack_template(
-    target: Path, *, start: str | None, certificates: Sequence[str], modules: Path | None
+    target: Path,
+    *,
+    start: str | None,
+    files: Mapping[str, Path],
+    certificates: Sequence[str],
+    modules: Path | None,
 ) -> None:
     """Write the archive that turns a tree of packages into a template's root file system.
 
     It contains network settings, the usual words that end a machine, certificates to trust, the
-    modules of an operator's kernel, and a program to `start`.
+    modules of an operator's kernel, a program to `start`, and the template's own `files`.
     """
     with tarfile.open(target, "w") as archive:
         for name in _FOLDERS:
             _folder(archive, name)
         if start is not None:
             _file(archive, f"{_OURS}/start", start.encode(), 0o755)
+        for name, path in files.items():
+            mode = 0o755 if os.access(path, os.X_OK) else 0o644
+            _file(archive, name.lstrip("/"), path.read_bytes(), mode)
         for name in ("reboot", "poweroff"):
             _link(archive, f"usr/local/sbin/{name}", _BUSYBOX)
         shutdown = (_FILES / "shutdown").read_bytes()
@@ -64,6 +74,13 @@ def pack_template(
                 if path.is_file() and not path.is_symlink():
                     name = f"usr/lib/modules/{modules.name}/{path.relative_to(modules)}"
                     _file(archive, name, path.read_bytes())
+
+
+def pack_wheels(target: Path, wheels: Sequence[Path]) -> None:
+    """Write the archive of Python packages that are to be installed from the folder `WHEELS`."""
+    with tarfile.open(target, "w") as archive:
+        for wheel in wheels:
+            _file(archive, f"{WHEELS.lstrip('/')}/{wheel.name}", wheel.read_bytes())
 
 
 def pack_node(target: Path, wheel: Path) -> None:

@@ -14,12 +14,10 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,9 +26,11 @@ from sandyard.server.node.commands import run
 from sandyard.server.node.images import inside
 from sandyard.server.node.images.additions import (
     GUEST_PACKAGES,
+    WHEELS,
     pack_node,
     pack_template,
     pack_tools,
+    pack_wheels,
 )
 from sandyard.server.node.images.confine import FIRST_ID, SLIRP, Bind, View
 from sandyard.server.node.images.definitions import (
@@ -43,18 +43,19 @@ from sandyard.server.node.images.image import ROOTS, Image, write_manifest
 from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.inside import OUT, TOOLS, TREE
 from sandyard.server.node.images.kernel import OwnKernel, own_kernel, refuse_lacking
+from sandyard.server.node.images.workshop import workshop
 from sandyard.server.tasks import in_thread
 
 # Grows when this file starts to build something else from the same definition.
 _PACKAGES_RECIPE = "7"
-_TOOLS_RECIPE = "2"
+_TOOLS_RECIPE = "3"
 _IMAGE_RECIPE = "11"
 _PACKAGES_LIMIT_S = 1800.0
 _STEP_LIMIT_S = 600.0
 _REACH_LIMIT_S = 30.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
-_TOOLS_PACKAGES = ("busybox-static", "erofs-utils", "python3")
+_TOOLS_PACKAGES = ("busybox-static", "erofs-utils", "openssh-sftp-server", "python3")
 # What the packages of every installed system provide: folders, and the links that programs find
 # their loader by. Packages of older releases have files under them.
 _BEFORE_TOOLS = """
@@ -311,6 +312,8 @@ class _Build:
             for step in self._definition.steps:
                 self._report.step(f"running: {step}")
                 await self._in_tree(work, ["/bin/sh", "-ec", step], network=self._network)
+            if self._definition.wheels:
+                await self._add_wheels(self._definition.wheels, work)
             await self._pack(work, root, archive)
 
     async def _make_tools(self, source: Source, archive: Path) -> None:
@@ -361,19 +364,36 @@ class _Build:
 
     async def _add_node(self, node: NodeRuntime, root: Path, work: Path) -> None:
         self._report.step(f"adding Node.js {node.version}")
-        wanted = work / "node.txt"
-        wanted.write_text(f"{node.package}=={node.version} --hash=sha256:{node.sha256}\n")
+        wanted = f"{node.package}=={node.version} --hash=sha256:{node.sha256}"
+        (wheel,) = await self._download([wanted], work / "node")
+        await in_thread(pack_node, work / "node.tar", wheel)
+        await self._in_tree(work, [str(work / "node.tar")], word="unpack")
+
+    async def _add_wheels(self, wanted: Sequence[str], work: Path) -> None:
+        self._report.step(f"adding {len(wanted)} Python packages")
+        wheels = await self._download(wanted, work / "wheels")
+        await in_thread(pack_wheels, work / "wheels.tar", wheels)
+        await self._in_tree(work, [str(work / "wheels.tar")], word="unpack")
+        install = (
+            f"/opt/venv/bin/pip install --quiet --no-deps --no-index {WHEELS}/*.whl && "
+            f"rm -r {WHEELS} && chown -R --reference=/opt/venv /opt/venv"
+        )
+        await self._in_tree(work, ["/bin/sh", "-ec", install])
+
+    async def _download(self, wanted: Sequence[str], folder: Path) -> list[Path]:
+        """Download Python packages on the host, as pip's requirements with hashes."""
+        folder.mkdir()
+        listed = folder / "requirements.txt"
+        listed.write_text("".join(f"{one}\n" for one in wanted))
         await run(
             [
                 sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                "--only-binary=:all:", "--require-hashes", "-r", wanted, "-d", work / "wheels",
+                "--only-binary=:all:", "--require-hashes", "-r", listed, "-d", folder,
             ],
             limit_s=_STEP_LIMIT_S,
             on_line=self._report.line,
         )  # fmt: skip
-        (wheel,) = (work / "wheels").glob("*.whl")
-        await in_thread(pack_node, work / "node.tar", wheel)
-        await self._in_tree(work, [str(work / "node.tar")], word="unpack")
+        return sorted(folder.glob("*.whl"))
 
     async def _make_image(
         self,
@@ -441,6 +461,7 @@ class _Build:
             pack_template(
                 work / "template.tar",
                 start=self._definition.start,
+                files=self._definition.files,
                 certificates=self._certificates,
                 modules=own.modules if own else None,
             )
@@ -577,44 +598,6 @@ def _digest_of_guest() -> str:
                 digest.update(path.relative_to(folder).as_posix().encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
-
-
-@contextmanager
-def workshop(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a temporary folder, which is removed at the end of the block.
-
-    Folders of builders that were killed are removed first.
-    """
-    with ExitStack() as held:
-        # So that one that is just being made is not taken for abandoned.
-        with _locked(parent.resolve()):
-            for left in parent.glob(f"{prefix}*"):
-                with suppress(OSError), _locked(left, waits=False):
-                    _remove(left)
-            work = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            held.callback(_remove, work)
-            held.enter_context(_locked(work))
-        yield work
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder with all its contents, however deep a hostile tree is."""
-    subprocess.run(["rm", "-rf", "--one-file-system", "--", folder], check=False)
-
-
-@contextmanager
-def _locked(folder: Path, *, waits: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder.
-
-    Raises:
-        BlockingIOError: another process holds it, and `waits` is false.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

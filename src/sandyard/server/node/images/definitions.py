@@ -17,7 +17,11 @@ ARGUMENTS_ARE = (
     f"one line of at most {_ARGUMENTS_MAX} plain ASCII characters, with quotes in pairs, and "
     "without `--`, `console=` and `sandyard.`, which are Sandyard's own"
 )
-_ADDED = frozenset({"packages", "steps", "warmup"})
+_ADDED = frozenset({"packages", "wheels", "steps", "warmup"})
+_WHEEL = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+ --hash=sha256:[0-9a-f]{64}")
+_PACKAGE = Path(__file__).parents[3]
+_OURS = "sandyard:"
+"""What comes after it is the path of a file in the package `sandyard`."""
 _KERNEL_LINE = re.compile(rb"^kernel(_modules|_arguments)?[ \t]*=.*\n", re.MULTILINE)
 
 
@@ -67,12 +71,21 @@ class Definition:
     """Whether it is for the platform's own use alone."""
     env: Mapping[str, str] = field(default_factory=dict)
     """The environment of every program, unless the sandbox's own says otherwise."""
+    user: str = ""
+    """The account of programs for which none is named; root if it is empty."""
+    workdir: str = ""
+    """Where programs begin for which nothing else is said."""
     ready: str | None = None
     """A command that ends with 0 once what was started can be used."""
     kernel: Path | None = None
     """A kernel instead of the distribution's."""
     kernel_modules: Path | None = None
     kernel_arguments: str = ""
+    wheels: tuple[str, ...] = ()
+    """Python packages for /opt/venv that the distribution lacks, as pip's requirements with hashes;
+    none is installed with what it depends on."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Files to add, by their absolute paths in the template."""
     packages_digest: str = ""
     """Changes when anything does that decides which packages are installed, and how."""
 
@@ -101,8 +114,10 @@ def load_definition(path: Path) -> Definition:
             extended = path.with_name(f"{_text(values, 'extends')}.toml").read_bytes()
             values = _merged(tomllib.loads(extended.decode()), values)
             data, packages = extended + data, _without_kernel(extended) + packages
+        files = _files(values, path.parent)
+        data += b"".join(f"{name}\0".encode() + one.read_bytes() for name, one in files.items())
         definition = _parse(values, sha256(data).hexdigest(), path.parent)
-        return replace(definition, packages_digest=sha256(packages).hexdigest())
+        return replace(definition, files=files, packages_digest=sha256(packages).hexdigest())
     except OSError as error:
         raise InvalidArgumentError(f"cannot read the template {path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -126,12 +141,26 @@ def _merged(extended: dict[str, object], own: dict[str, object]) -> dict[str, ob
     merged = extended | {name: value for name, value in own.items() if name != "extends"}
     for name in _ADDED & extended.keys() & own.keys():
         merged[name] = [*_list(extended, name), *_list(own, name)]
+    if "files" in merged:
+        merged["files"] = _table(extended.get("files", {})) | _table(own.get("files", {}))
     return merged
 
 
 def _parse(data: dict[str, object], digest: str, folder: Path) -> Definition:
     known = {"slug", "name", "description", "kind", "defaults", "sources", "packages", "runtimes"}
-    known |= {"steps", "start", "warmup", "hidden", "kernel", "kernel_modules", "kernel_arguments"}
+    known |= {
+        "user",
+        "workdir",
+        "wheels",
+        "files",
+        "steps",
+        "start",
+        "warmup",
+        "hidden",
+        "kernel",
+        "kernel_modules",
+        "kernel_arguments",
+    }
     if unknown := set(data) - known:
         raise ValueError(f"unknown keys: {', '.join(sorted(unknown))}")
     slug, kind = _text(data, "slug"), _text(data, "kind")
@@ -162,17 +191,46 @@ def _parse(data: dict[str, object], digest: str, folder: Path) -> Definition:
         node=NodeRuntime(_text(node, "package"), _text(node, "version"), _text(node, "sha256"))
         if node
         else None,
+        wheels=_wheels(data),
         steps=_texts(data, "steps") if "steps" in data else (),
         start=_script(data),
         warmup=_texts(data, "warmup") if "warmup" in data else (),
         digest=digest,
         is_hidden=_flag(data, "hidden"),
+        user=_text(data, "user") if "user" in data else "",
+        workdir=_text(data, "workdir") if "workdir" in data else "",
         kernel=folder / _text(data, "kernel") if "kernel" in data else None,
         kernel_modules=(
             folder / _text(data, "kernel_modules") if "kernel_modules" in data else None
         ),
         kernel_arguments=_arguments(data),
     )
+
+
+def _files(data: dict[str, object], folder: Path) -> dict[str, Path]:
+    files = _table(data.get("files", {}))
+    for name in files:
+        if not name.startswith("/") or ".." in Path(name).parts:
+            raise ValueError(f"files are named by absolute paths, not {name!r}")
+    found: dict[str, Path] = {}
+    for name in files:
+        source = _text(files, name)
+        inner = source.removeprefix(_OURS)
+        path = folder / source if inner == source else _PACKAGE / inner
+        if path.is_dir():
+            inside = (one for one in path.rglob("*") if one.is_file())
+            found |= {f"{name}/{one.relative_to(path)}": one for one in sorted(inside)}
+        else:
+            found[name] = path
+    return {name: path for name, path in found.items() if "__pycache__" not in path.parts}
+
+
+def _wheels(data: dict[str, object]) -> tuple[str, ...]:
+    wheels = _texts(data, "wheels") if "wheels" in data else ()
+    for one in wheels:
+        if not _WHEEL.fullmatch(one):
+            raise ValueError(f"wheels are like `name==1.0 --hash=sha256:…`, not {one!r}")
+    return wheels
 
 
 def _script(data: dict[str, object]) -> str | None:

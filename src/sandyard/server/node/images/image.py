@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 ROOTS = ("tools.erofs", "root.erofs")
+_TOGETHER = "base.ext4"
+_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,15 @@ class Image:
     def roots(self) -> tuple[Path, ...]:
         """The read-only disks, in their order: our tools, and the template's root file system. An
         image of an earlier version has both in one."""
-        together = self.folder / "base.ext4"
+        together = self.folder / _TOGETHER
         if together.exists():
             return (together,)
         return tuple(self.folder / name for name in ROOTS)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All its files."""
+        return (self.folder / _MANIFEST, self.kernel, self.initrd, *self.roots)
 
     @property
     def kernel(self) -> Path:
@@ -57,7 +64,7 @@ def write_manifest(
     folder: Path, *, os: str, size_bytes: int, inputs: Mapping[str, str], has_acpi: bool = True
 ) -> None:
     """Write the manifest that makes a folder an image."""
-    (folder / "manifest.json").write_text(
+    (folder / _MANIFEST).write_text(
         json.dumps(
             {
                 "os": os,
@@ -71,6 +78,10 @@ def write_manifest(
     )
 
 
+IMAGE_FILES = frozenset({_MANIFEST, _TOGETHER, *ROOTS, "vmlinuz", "initrd"})
+"""The names of all files that images can have."""
+
+
 def _load(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -78,7 +89,7 @@ def _load(path: Path) -> Any:
 def read_image(folder: Path, load: Callable[[Path], Any] = _load) -> Image | None:
     """Return the image in a folder if it exists and is complete. `load` reads its manifest."""
     try:
-        manifest = load(folder / "manifest.json")
+        manifest = load(folder / _MANIFEST)
     except (OSError, ValueError):  # a crash of the host may leave it empty
         return None
     return Image(

@@ -105,9 +105,15 @@ class Images:
         runtime = self._runtime()
         self.versions.drop_images(needed, runtime.digest if runtime else "")
 
-    def use(self, slug: str, digest: str) -> None:
-        """Make an image the current one of a template."""
-        self._write(slug, {"digest": digest})
+    def use(self, slug: str, digest: str, *, is_copy: bool = False) -> None:
+        """Make an image the current one of a template. `is_copy` means that another node built
+        it."""
+        self._write(slug, {"digest": digest} | ({"copied": True} if is_copy else {}))
+
+    def is_own(self, slug: str) -> bool:
+        """Tell whether the current image of a template was built here."""
+        state = self._state(slug)
+        return not state.get("copied") and self.find(str(state.get("digest", ""))) is not None
 
     def note_building(self, slug: str, pid: int) -> None:
         """Note that a process is building a template; its current image stays in use."""
@@ -144,6 +150,9 @@ class Images:
             created_at=image.created_at if image else None,
             error=str(error) if error else None,
             is_hidden=definition.is_hidden,
+            user=definition.user,
+            workdir=definition.workdir,
+            is_copy=bool(state.get("copied")),
         )
 
     def _state(self, slug: str) -> dict[str, object]:

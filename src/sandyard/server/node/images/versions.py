@@ -21,17 +21,17 @@ from typing import Any
 
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.node import VersionFact, version_name
-from sandyard.server.core.errors import InvalidArgumentError, NoCapacityError
+from sandyard.server.core.errors import DamagedError, InvalidArgumentError, NoCapacityError
 from sandyard.server.core.records import VersionAbout
-from sandyard.server.drivers.sparse import link_or_copy
+from sandyard.server.drivers.sparse import link_or_copy, write_sparse
 from sandyard.server.node.images.definitions import Definition, Source
-from sandyard.server.node.images.image import Image, read_image, write_manifest
+from sandyard.server.node.images.image import ROOTS, Image, read_image, write_manifest
 from sandyard.server.tasks import in_thread
 
 _MAGIC = b"\xe2\xe1\xf5\xe0"  # of EROFS, at byte 1024 (kernel documentation, "EROFS")
 _MAGIC_AT = 1024
-_HOLE = 64 * 1024
 _PART = ".part-"
+_ABOUT, _ROOT = "about.json", ROOTS[1]
 
 
 class Versions:
@@ -70,7 +70,7 @@ class Versions:
         if known is not None:
             return known
         try:
-            told = json.loads((self._folder / digest / "about.json").read_text())
+            told = json.loads((self._folder / digest / _ABOUT).read_text())
             about = decode(VersionAbout, told["about"])
         except (OSError, ValueError, KeyError, CodecError):
             return None
@@ -99,8 +99,8 @@ class Versions:
             made.chmod(0o711)
             for source in (runtime.kernel, runtime.initrd, runtime.roots[0]):
                 link_or_copy(source, made / source.name)
-            link_or_copy(version / "root.erofs", made / "root.erofs")
-            size = (version / "root.erofs").stat().st_blocks * 512
+            link_or_copy(version / _ROOT, made / _ROOT)
+            size = (version / _ROOT).stat().st_blocks * 512
             write_manifest(
                 made,
                 os=definition.sources[0].os,
@@ -125,10 +125,23 @@ class Versions:
             InvalidArgumentError: it is larger than `size_max`, or no EROFS.
             NoCapacityError: the host's disk is full.
         """
+        return await self._keep(about.slug, encode(about), pieces, size_max=size_max, name=None)
+
+    async def _keep(
+        self,
+        slug: str,
+        about: object,
+        pieces: AsyncIterator[bytes],
+        *,
+        size_max: int,
+        name: str | None,
+    ) -> VersionFact:
+        """Keep a root file system. `about` is a `VersionAbout` as JSON has it; with a `name`, what
+        results must have that."""
         self._folder.mkdir(mode=0o711, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=_PART, dir=self._folder))
         try:
-            root = part / "root.erofs"
+            root = part / _ROOT
             content, size, head = sha256(), 0, b""
             with root.open("xb") as file:
                 async for piece in pieces:
@@ -141,16 +154,18 @@ class Versions:
                         )
                     head = (head + piece)[: _MAGIC_AT + 4] if len(head) < _MAGIC_AT + 4 else head
                     content.update(piece)
-                    await in_thread(_write, file.fileno(), piece)
+                    await in_thread(write_sparse, file.fileno(), piece)
                 if head[_MAGIC_AT:] != _MAGIC:
                     raise InvalidArgumentError(
                         "cannot keep the template: what was packed is no file system"
                     )
                 os.truncate(file.fileno(), size)
                 await in_thread(os.fsync, file.fileno())
-            told = {"about": encode(about), "root": content.hexdigest()}
+            told = {"about": about, "root": content.hexdigest()}
             digest = sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
-            about_file = part / "about.json"
+            if name not in (None, version_name(slug, digest)):
+                raise DamagedError(f"cannot keep a copy of {name}: its contents differ")
+            about_file = part / _ABOUT
             about_file.touch(mode=0o600)  # an environment may have secrets
             about_file.write_text(json.dumps(told, indent=1))
             root.chmod(0o444)
@@ -167,7 +182,33 @@ class Versions:
             raise
         finally:
             await in_thread(shutil.rmtree, part, ignore_errors=True)
-        return VersionFact(version_name(about.slug, digest), content.hexdigest(), size)
+        return VersionFact(version_name(slug, digest), content.hexdigest(), size)
+
+    def files(self, name: str) -> tuple[Path, Path] | None:
+        """Return the settings of a version and its root file system, if it is here."""
+        definition = self.definition(name)
+        if definition is None:
+            return None
+        folder = self._folder / definition.digest
+        return folder / _ABOUT, folder / _ROOT
+
+    async def keep_copy(
+        self, name: str, about: bytes, pieces: AsyncIterator[bytes], *, size_bytes: int
+    ) -> None:
+        """Keep a version that another node has: the contents of its `files`.
+
+        Raises:
+            DamagedError: it is not what its name says.
+            NoCapacityError: the host's disk is full.
+        """
+        try:
+            # As it was written: a node of the next version may write more, and the digest in the
+            # name is of all of it.
+            told = json.loads(about)["about"]
+            slug = decode(VersionAbout, told).slug
+        except (ValueError, KeyError, TypeError, CodecError) as error:
+            raise DamagedError(f"cannot keep a copy of {name}: {error}") from error
+        await self._keep(slug, told, pieces, size_max=size_bytes, name=name)
 
     def drop(self, name: str) -> None:
         """Remove a version. Images that were made of it remain until `drop_images`."""
@@ -213,19 +254,10 @@ def _definition_of(about: VersionAbout, digest: str) -> Definition:
         digest=digest,
         env=about.env,
         build_id=about.build_id,
+        user=about.user,
+        workdir=about.workdir,
         ready=about.ready,
     )
-
-
-def _write(descriptor: int, piece: bytes) -> None:
-    """Write a piece, leaving holes for zeros."""
-    for start in range(0, len(piece), _HOLE):
-        chunk = piece[start : start + _HOLE]
-        if chunk.count(0) == len(chunk):
-            os.lseek(descriptor, len(chunk), os.SEEK_CUR)
-            continue
-        while chunk:
-            chunk = chunk[os.write(descriptor, chunk) :]
 
 
 def _sync(*paths: Path) -> None:

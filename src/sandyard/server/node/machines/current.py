@@ -3,7 +3,9 @@
 import logging
 from dataclasses import replace
 
+from sandyard.server.core.codec import encode
 from sandyard.server.core.contracts.node import MachineWish, Phase
+from sandyard.server.core.egress import Policy
 from sandyard.server.drivers.contract import End, Place
 from sandyard.server.node.machines.body import Body
 from sandyard.server.node.machines.records import Record, Records
@@ -89,6 +91,11 @@ class CurrentRecord:
         """Note the latest version of the sandbox's row that a request was made with."""
         if version > self._record.version:
             self._record = replace(self._record, version=version)
+
+    def use(self, policy: Policy) -> None:
+        """Note what the sandbox may reach."""
+        rules = None if policy.is_default else encode(policy)
+        self._record = replace(self._record, rules=rules)
 
     def assign(self, wish: MachineWish) -> None:
         """Assign a machine of the pool to a sandbox."""

@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from enum import Enum
+from typing import Any
 
 from sandyard.server.core.contracts.node import MachineWish, Opened
+from sandyard.server.core.egress import Credentials
 from sandyard.server.core.errors import ConflictError, MachineDeadError, SandyardError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.ops import (
@@ -17,6 +19,7 @@ from sandyard.server.core.ops import (
     MountPoint,
     Operation,
     SetUp,
+    Trust,
     Unmount,
     Wake,
 )
@@ -107,10 +110,11 @@ class Guest:
             spare = self.link.open_spare(self._means.patience(_SPARE_LIMIT_S))
             self._means.crew.start(spare, "no connection is kept ready", quietly=True)
 
-    async def run(self, command: str, *, limit_s: float) -> int:
-        """Run a command, discard its output, and return its exit code."""
-        link = self._link_or_raise()
-        return await run_command(link, command, limit_s=limit_s, clock=self._means.clock)
+    async def run(self, command: str, *, limit_s: float, **how: Any) -> int:
+        """Run a command, discard its output, and return its exit code. See `run_command` for
+        `how`."""
+        link, clock = self._link_or_raise(), self._means.clock
+        return await run_command(link, command, limit_s=limit_s, clock=clock, **how)
 
     async def wake(self) -> None:
         """Renew clock, randomness and connections after the machine was suspended.
@@ -176,6 +180,7 @@ class Guest:
                 replaces_access=wish.replaces_access,
                 disk_bytes=wish.shape.disk_mib * 2**20 if grows else None,
                 pace=pace if (pace := self._means.drivers.pace) > 1 else None,
+                trust=None if wish.credentials is None else _trust(wish.credentials),
             ),
             limit_s=limit_s,
         )
@@ -185,6 +190,15 @@ class Guest:
         else:
             self.note_answer()
         return token
+
+    async def trust(self, credentials: Credentials, *, limit_s: float) -> None:
+        """Have the guest trust an authority; see `core.ops.Trust`.
+
+        Raises:
+            UnavailableError, InternalError, InvalidArgumentError: that failed.
+            UnsupportedError: its agent is too old.
+        """
+        await self._link_or_raise().ask(_trust(credentials), limit_s=limit_s)
 
     async def mount(self, share: Share, *, limit_s: float) -> None:
         """Mount a share.
@@ -232,3 +246,7 @@ class Guest:
         if self.link is None:
             raise ENDED
         return self.link
+
+
+def _trust(credentials: Credentials) -> Trust:
+    return Trust(credentials.certificate, credentials.name_hash)

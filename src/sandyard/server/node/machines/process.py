@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 
 from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.egress import Credentials, Policy, digest_of
 from sandyard.server.core.errors import (
     DeadlineExceededError,
     InternalError,
@@ -29,6 +30,7 @@ from sandyard.server.tasks import Task, concurrently, in_thread, to_the_end
 log = logging.getLogger(__name__)
 
 _SHUT_DOWN_S = 10.0
+_UNKNOWN = "unknown"
 _GIVE_BACK_AGAIN_S = (1.0, 5.0, 30.0, 120.0)
 # The second place is of machines whose image is of an earlier version.
 _POWER_OFF = " || ".join(
@@ -52,6 +54,9 @@ class MachineProcess:
         self._on_end: Callable[[End], None] | None = None
         self.machine: Machine | None = None
         """The driver's machine; to be told from another that it may have later."""
+        self._enforced: Policy | None = None
+        self.credentials: Credentials | None = None
+        """What the control plane last sent for the rules; never in a file."""
 
     @property
     def place(self) -> Place | None:
@@ -102,6 +107,7 @@ class MachineProcess:
             place = self._place = await means.network.take()
             held.push_async_callback(self._vacate)
             current.take_place(place, source.token if source else new_secret())
+            await self.restrict()
             spec = await start.spec_of(
                 current.value, current.body, kit, place, background=background
             )
@@ -150,6 +156,28 @@ class MachineProcess:
             self._current.value.token,
             self._means.clock,
         )
+
+    @property
+    def rules(self) -> str:
+        """The digest of the network rules that are enforced; see `core.egress.digest_of`."""
+        if self._enforced is None or self._place is None:
+            return _UNKNOWN
+        return digest_of(self._enforced, self._means.network.stamp(self._place))
+
+    async def restrict(self) -> None:
+        """Enforce the network rules in the record.
+
+        Raises:
+            UnavailableError, InternalError: see `Network.restrict`.
+        """
+        if self._place is not None:
+            self._enforced = None
+            policy, record = self._current.value.policy, self._current.value
+            folder = await in_thread(self._means.records.make_folder, record.id)
+            await self._means.network.restrict(
+                self._place, policy, folder=folder, credentials=self.credentials
+            )
+            self._enforced = policy
 
     async def raise_when_it_ends(self) -> None:
         """Wait for the process to end, and raise.

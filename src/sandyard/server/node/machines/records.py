@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from sandyard.server.core.codec import decode
 from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.egress import NO_RULES, Policy
 from sandyard.server.core.ids import is_machine_id
 from sandyard.server.core.shapes import Shape
 from sandyard.server.node.exports.shares import Share
@@ -30,7 +31,7 @@ class Record:
 
     `version` is the latest version of the sandbox's row that a request was made with. `mounted` is
     the share that its guest has mounted; if it `mounts_anew`, that was restored from a backup, and
-    what its guest knows of it is out of date.
+    what its guest knows of it is out of date. `rules` are its network's, if it has any.
 
     `slot` is -1 while it has no place. `body` names the folder with what outlives its process. A
     running machine beside a published state has not run on from that state yet.
@@ -53,6 +54,7 @@ class Record:
     handle: Mapping[str, str | int] | None = None
     mounted: Mapping[str, object] | None = None
     mounts_anew: bool = False
+    rules: Mapping[str, object] | None = None
     version: int = 0
     reason_code: str = ""
     reason_message: str = ""
@@ -61,6 +63,11 @@ class Record:
     def share(self) -> Share | None:
         """What it has mounted, if anything."""
         return None if self.mounted is None else decode(Share, self.mounted)
+
+    @property
+    def policy(self) -> Policy:
+        """What its sandbox may reach."""
+        return NO_RULES if self.rules is None else decode(Policy, self.rules)
 
     @property
     def shape(self) -> Shape:

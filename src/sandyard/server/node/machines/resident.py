@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from sandyard.server.core.codec import encode
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase, Way
+from sandyard.server.core.egress import Credentials, Policy
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.core.ids import new_machine_id, new_secret
 from sandyard.server.core.shapes import Shape
@@ -30,6 +31,8 @@ from sandyard.server.tasks import concurrently
 log = logging.getLogger(__name__)
 
 _MOUNT_S = 30.0
+_TRUST_S = 15.0
+_TRUST_AGAIN_S, _TRUST_TRIES = 10.0, 60
 _GROWTH_S_A_GIB = 0.25
 _NOWHERE = -1
 
@@ -43,11 +46,12 @@ class Resident:
         self.guest = Guest(means)
         self.process = MachineProcess(self.current, self.guest, means)
         self.saving = Saving(self.current, self.process, self.guest, means)
+        self._trusted: str | None = None
 
     @classmethod
     def new(cls, wish: MachineWish, image: Image, driver: Driver, means: Means) -> "Resident":
         """Return a new machine; nothing of it is on the host yet."""
-        return cls(
+        made = cls(
             Record(
                 id=new_machine_id(),
                 sandbox_id=wish.sandbox_id,
@@ -66,6 +70,8 @@ class Resident:
             ),
             means,
         )
+        made.use(wish)
+        return made
 
     # --- what it is -----------------------------------------------------------------------
 
@@ -143,6 +149,7 @@ class Resident:
             way=way,
             template=record.template,
             shape=self.shape,
+            rules=self.process.rules,
             reason_code=why.code if why else record.reason_code,
             reason_message=why.message if why else record.reason_message,
         )
@@ -166,6 +173,7 @@ class Resident:
         """Assign this machine, which waited in the pool, to a sandbox."""
         self.current.assign(wish)
         self.process.assign()
+        self.process.credentials = wish.credentials
 
     async def set_up(
         self, wish: MachineWish, *, was: Was, grows: bool = False, limit_s: float | None = None
@@ -181,6 +189,9 @@ class Resident:
             await self.process.saving_machine().grow_disk(wish.shape.disk_mib)
             # The guest's kernel writes tables for the new space, which takes time.
             limit_s += self._means.patience(_GROWTH_S_A_GIB) * wish.shape.disk_mib / 1024
+        if wish.policy != self.record.policy:  # it waited in the pool
+            await self.enforce(wish.policy, wish.credentials)
+        self._trusted = None if wish.credentials is None else wish.credentials.certificate
         place, changes = self.process.place, {"disk_mib": wish.shape.disk_mib}
         if not wish.mounts or place is None:
             token = await self.guest.set_up(wish, was=was, grows=grows, limit_s=limit_s)
@@ -193,6 +204,61 @@ class Resident:
             self.current.update(token=token, mounted=encode(share), **changes)
             await granting
             await self._mount(share)
+
+    def use(self, wish: MachineWish) -> None:
+        """Use the network rules of a request when its process starts."""
+        self.current.use(wish.policy)
+        self.process.credentials = wish.credentials
+
+    async def restrict(self, policy: Policy, credentials: Credentials | None) -> None:
+        """Enforce these network rules from now on, and have the guest trust the authority in them;
+        see `enforce` and `trust`."""
+        await self.enforce(policy, credentials)
+        await self.trust_if_possible()
+
+    async def enforce(self, policy: Policy, credentials: Credentials | None) -> None:
+        """Enforce these network rules from now on; see `Network.restrict`. They are in the record
+        first, so that after a crash they are enforced, too."""
+        self.process.credentials = credentials
+        self.current.use(policy)
+        await self.current.write()
+        await self.process.restrict()
+
+    async def trust(self) -> None:
+        """Have the guest trust the authority by which TLS is ended for it, if any.
+
+        Raises:
+            UnavailableError, InternalError, InvalidArgumentError: it does not.
+        """
+        credentials = self.process.credentials
+        if credentials is None or not self.record.policy.ends_tls:
+            return
+        if credentials.certificate != self._trusted:
+            await self.guest.trust(credentials, limit_s=self._means.patience(_TRUST_S))
+            self._trusted = credentials.certificate
+
+    async def trust_if_possible(self) -> None:
+        """See `trust`; what fails is tried again for some time. Rules hold, and a machine goes on,
+        whatever its guest does."""
+        if not await self._is_trusting():
+            again = self._trust_again()
+            self._means.crew.start(
+                again, "a guest is not told again", once=f"trust {self.record.id}"
+            )
+
+    async def _trust_again(self) -> None:
+        for _ in range(_TRUST_TRIES):
+            await self._means.clock.sleep(_TRUST_AGAIN_S)
+            if not self.is_up or await self._is_trusting():
+                return
+
+    async def _is_trusting(self) -> bool:
+        try:
+            await self.trust()
+        except SandyardError as error:
+            log.warning("a guest does not trust its network's authority: %s", error.message)
+            return False
+        return True
 
     async def _mount(self, share: Share) -> None:
         await self.guest.mount(share, limit_s=self._means.patience(_MOUNT_S))

@@ -20,6 +20,8 @@ from sandyard.server.tasks import Work, concurrently, in_thread, to_the_end
 log = logging.getLogger(__name__)
 
 _RESUME_AGAIN_S = (1.0, 5.0, 30.0, 120.0, 600.0)
+_FLUSH = " || ".join(f"/run/sandyard/{one}/usr/bin/busybox sync" for one in ("tools", "base"))
+_FLUSH_LIMIT_S, _FLUSH_LIMIT_MAX_S = 5.0, 20.0
 _PAUSED = ConflictError(
     "the sandbox was paused meanwhile; what was running in it continues when it is resumed",
     status="paused",
@@ -48,6 +50,7 @@ class Saving:
             UnavailableError, InternalError: it cannot be saved now.
         """
         machine = self._process.saving_machine()
+        await self._flush()
         self._guest.pulse.is_held = True
         try:
             try:
@@ -62,6 +65,30 @@ class Saving:
             await to_the_end(self._finish_pause())
         finally:
             self._guest.pulse.is_held = False
+
+    async def _flush(self) -> None:
+        """Have the guest write its files to its disk, within a limit.
+
+        A sandbox may boot from this disk later: on request, or because its saved memory cannot be
+        used. Files that only its page cache has are lost then.
+        """
+        is_well = self._current.phase is Phase.RUNNING and not self._guest.pulse.is_silent
+        if self.held_for is not None or not is_well:
+            return
+        limit_s = min(self._means.patience(_FLUSH_LIMIT_S), _FLUSH_LIMIT_MAX_S)
+        try:
+            code = await self._guest.run(_FLUSH, limit_s=limit_s)
+        except (SandyardError, TimeoutError) as error:
+            log.warning(
+                "cannot flush a guest's files before its pause; pausing it anyway: %s", error
+            )
+        else:
+            if code != 0:
+                log.warning(
+                    "cannot flush a guest's files before its pause; pausing it anyway: sync ended "
+                    "with %d",
+                    code,
+                )
 
     async def _undo(self, machine: SavingMachine) -> None:
         """Resume a machine that could not be saved. A state that was published is withdrawn

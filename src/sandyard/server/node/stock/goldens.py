@@ -19,6 +19,7 @@ from pathlib import Path
 from sandyard.server.core.contracts.node import GoldenFact, MachineWish
 from sandyard.server.core.errors import (
     DamagedError,
+    InvalidArgumentError,
     NotFoundError,
     NotReadyError,
     SandyardError,
@@ -324,7 +325,7 @@ class Goldens:
             # It takes an emulated CPU two seconds, which clones save.
             await _warm_up(resident, _LOAD_NFS, limit_s=limit_s)
             if definition.ready is not None:
-                await self._until_ready(resident, definition.ready)
+                await self._until_ready(resident, definition, definition.ready)
             for command in definition.warmup * _WARMUP_ROUNDS:
                 await _warm_up(resident, command, limit_s=limit_s)
             # What its kernel still has to do after that (journal, old connections, memory to free)
@@ -339,21 +340,33 @@ class Goldens:
             self._ledger.leave(resident)
             await to_the_end(resident.end(removes=True))
 
-    async def _until_ready(self, resident: Resident, command: str) -> None:
-        """Return once a command ends with 0.
+    async def _until_ready(self, resident: Resident, definition: Definition, command: str) -> None:
+        """Return once a command of a template ends with 0. It runs as the template's `start` does.
 
         Raises:
             NotReadyError: it has not, within the time for that.
         """
-        limit_s, code = self._means.patience(READY_LIMIT_S), 0
+        limit_s, last = self._means.patience(READY_LIMIT_S), "it did not run"
+        how = {
+            "user": definition.user or "root",
+            "cwd": definition.workdir or "/",
+            "env": definition.env,
+        }
         try:
             async with self._means.clock.timeout(limit_s):
-                while (code := await resident.guest.run(command, limit_s=limit_s)) != 0:
+                while True:
+                    try:
+                        code = await resident.guest.run(command, limit_s=limit_s, **how)
+                    except InvalidArgumentError as error:  # its directory is still to be made
+                        last = error.message
+                    else:
+                        if code == 0:
+                            return
+                        last = f"it ended with {code}"
                     await self._means.clock.sleep(_READY_PERIOD_S)
         except (TimeoutError, UnavailableError) as error:
             raise NotReadyError(
-                f"the command `ready` did not end with 0 within {limit_s:g} s; the last time it "
-                f"ended with {code}"
+                f"the command `ready` did not end with 0 within {limit_s:g} s; last time, {last}"
             ) from error
 
     async def _name(self, kind: Kind, driver: Driver) -> str:
