@@ -4,10 +4,9 @@ While nothing happens a comment is sent now and then, which keeps proxies from c
 credential that opened it is looked at again, so that a stream ends with it.
 """
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,11 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from sandyard.server.api.errors import error_out
-from sandyard.server.api.streams import HeldStream
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import PermissionDeniedError, SandyardError
+from sandyard.server.front.streams import HeldStream, with_beats
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.credentials import Credential, Credentials
-from sandyard.server.tasks import concurrently
 
 BEAT_S = 15.0
 Check = Callable[[], Awaitable[object]]
@@ -78,38 +76,11 @@ async def _with_beats(
     """Yield events, and None after BEAT_S without one; re-authorize every BEAT_S."""
     clock = check.clock
     checked_at = clock.monotonic()
-    found: asyncio.Queue[SseEvent | BaseException | None] = asyncio.Queue(1)
-    async with concurrently(_hand_over(events, found)):
-        while True:
-            event: SseEvent | BaseException | None = _NOTHING_YET
-            with suppress(TimeoutError):
-                async with clock.timeout(BEAT_S):
-                    event = await found.get()
-            if event is None:
-                return
-            if isinstance(event, BaseException):
-                raise event
-            if clock.monotonic() - checked_at >= BEAT_S:
-                await check()
-                checked_at = clock.monotonic()
-            yield None if event is _NOTHING_YET else event
-
-
-async def _hand_over(
-    events: AsyncIterator[SseEvent],
-    found: "asyncio.Queue[SseEvent | BaseException | None]",
-) -> None:
-    # An error takes the same way: raised here, it would cancel the task that is sending.
-    try:
-        async for event in events:
-            await found.put(event)
-    except Exception as error:  # noqa: BLE001 - it is raised where events are taken
-        await found.put(error)
-    else:
-        await found.put(None)
-
-
-_NOTHING_YET = SseEvent("", None)
+    async for event in with_beats(events, clock, BEAT_S):
+        if clock.monotonic() - checked_at >= BEAT_S:
+            await check()
+            checked_at = clock.monotonic()
+        yield event
 
 
 @dataclass(frozen=True)

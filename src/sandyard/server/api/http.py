@@ -19,11 +19,14 @@ from sandyard.server.api.routes import (
     desktops,
     files,
     health,
+    network,
     organizations,
     planned,
     processes,
     projects,
+    registry_credentials,
     sandboxes,
+    secrets,
     snapshots,
     ssh_keys,
     templates,
@@ -38,8 +41,9 @@ from sandyard.server.service.services import Services
 log = logging.getLogger(__name__)
 
 ROUTES = (
-    sandboxes, commands, processes, contexts, files, ways, desktops, snapshots, organizations,
-    projects, api_keys, ssh_keys, activity, billing, templates, workspaces, health, planned,
+    sandboxes, network, secrets, commands, processes, contexts, files, ways, desktops, snapshots,
+    organizations, projects, api_keys, ssh_keys, activity, billing, templates,
+    registry_credentials, workspaces, health, planned,
 )  # fmt: skip
 """What is served, a module a subject."""
 

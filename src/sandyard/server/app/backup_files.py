@@ -43,6 +43,8 @@ PREFIX = "files"
 _PIECE = 16 * 2**20
 _TRIES = 3
 _END_S = 60.0
+_PASSABLE = frozenset({"machines", "versions", "images"})
+"""The folders that hypervisors' accounts pass through."""
 _IN_PART = 2
 """What tar ends with that has done some of its work and not all."""
 _TAR = ("tar", "--format=posix", "--sparse", "--xattrs", "--xattrs-include=*", "--acls",
@@ -57,6 +59,7 @@ class Include(StrEnum):
     PAUSED = "paused"
     SNAPSHOTS = "snapshots"
     WORKSPACES = "workspaces"
+    TEMPLATES = "templates"
 
 
 class Kind(StrEnum):
@@ -65,7 +68,7 @@ class Kind(StrEnum):
     IMAGES = "images"
     """In the directory of images."""
     MACHINES = "machines"
-    """In the home: paused machines and snapshots."""
+    """In the home: paused machines, snapshots, and versions of templates."""
     WORKSPACE = "workspace"
     """In a workspace's volume."""
 
@@ -101,10 +104,36 @@ def write_files(settings: Settings, include: frozenset[Include], target: Target)
     Raises:
         UnavailableError: something cannot be read, or `stop` was set.
     """
+    if Include.TEMPLATES in include:
+        _write_versions(settings, target)
     if include & {Include.PAUSED, Include.SNAPSHOTS}:
         _write_machines(settings, include, target)
     if Include.WORKSPACES in include:
         asyncio.run(_write_workspaces(settings, target))
+
+
+def _write_versions(settings: Settings, target: Target) -> None:
+    """Write the versions of templates that users built. None is ever changed."""
+    problem = ""
+    for _ in range(_TRIES):
+        paths = tuple(
+            f"versions/{one.name}"
+            for one in sorted((settings.home / "versions").glob("[!.]*"))
+            if one.name != "images"
+        )
+        if not paths:
+            return
+        target.progress(f"copying {len(paths)} versions of templates")
+        contents = Contents(Kind.MACHINES, "templates", paths)
+        there = partial(_those_there, contents, settings.home)
+        written, problem = _write_archive(settings.home, contents, target, there)
+        if written.is_complete:
+            return
+    raise UnavailableError(f"cannot copy the versions of templates: {problem}")
+
+
+def _those_there(contents: Contents, home: Path) -> Contents:
+    return replace(contents, paths=tuple(one for one in contents.paths if (home / one).is_dir()))
 
 
 def _write_machines(settings: Settings, include: frozenset[Include], target: Target) -> None:
@@ -117,7 +146,11 @@ def _write_machines(settings: Settings, include: frozenset[Include], target: Tar
     if Include.SNAPSHOTS in include:
         images |= {f"snapshots/{name}": image for name, image in _snapshots_in(home)}
     # With the images, what tells which templates use them: the home needs no build then.
-    images |= dict(_templates_with(home, frozenset(images.values())))
+    used = frozenset(images.values())
+    images |= dict(_templates_with(home, used))
+    # Those of users' templates are with the versions.
+    own = {one: f"versions/images/{one}" for one in used}
+    images |= {path: one for one, path in own.items() if (home / path).is_dir()}
     looks = {path: _looks(home / path) for path in images}
     # What was resumed or removed since it was listed is none of it any more.
     still = {one.id for one in _paused_of(Records(home / "machines").all())} if paused else set()
@@ -139,7 +172,7 @@ def _write_machines(settings: Settings, include: frozenset[Include], target: Tar
     for _ in range(_TRIES):
         if not before:
             return
-        machines_of = [path for path in before if not path.startswith("templates/")]
+        machines_of = [path for path in before if path.startswith(("machines/", "snapshots/"))]
         target.progress(f"copying {len(machines_of)} paused machines and snapshots")
         contents = Contents(Kind.MACHINES, "machines", tuple(sorted(before)))
         unchanged = partial(_unchanged, contents, home, before)
@@ -450,8 +483,9 @@ def put_back(
             if os.path.lexists(target) or _sandbox_of(source) in taken:
                 progress(f"leaving {name}: it is there")
                 continue
-            if not target.parent.is_dir():
-                target.parent.mkdir(mode=0o711 if target.parent.name == "machines" else 0o700)
+            for folder in (target.parent.parent, target.parent):
+                if not folder.is_dir():
+                    folder.mkdir(mode=0o711 if folder.name in _PASSABLE else 0o700)
             progress(f"putting {name} back")
             put(source, target)
 

@@ -18,11 +18,12 @@ SOON = timedelta(days=14)
 """An expiry within this time is a problem."""
 _LIMIT_S = 5.0
 _INFO_MAX = 64 * 1024
-OWN, AUTHORITY, PREVIEW = "own", "authority", "preview"
+OWN, AUTHORITY, PREVIEW, E2B = "own", "authority", "preview", "e2b"
 MEND = {
     OWN: "restart the process: a certificate of its own is renewed every day",
     AUTHORITY: "see docs/howto/cluster.md, Certificates",
     PREVIEW: "renew preview.tls_certificate, and restart the server",
+    E2B: "renew e2b.tls_certificate, and restart the server",
 }
 
 
@@ -43,6 +44,8 @@ def certificates_of(settings: Settings) -> Iterator[Certificate]:
         files += [(OWN, folder / "certificate.pem"), (AUTHORITY, folder / "authority.pem")]
     if settings.preview.tls_certificate is not None:
         files.append((PREVIEW, Path(settings.preview.tls_certificate)))
+    if settings.e2b.tls_certificate is not None:
+        files.append((E2B, Path(settings.e2b.tls_certificate)))
     for name, path in files:
         try:
             yield Certificate(name, expiry_of(path.read_bytes()))

@@ -26,6 +26,7 @@ from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.front.dispatch import Dispatch
 from sandyard.server.gateway.previews import PreviewApp
+from sandyard.server.links.identities import new_network_authority
 from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
 from sandyard.server.links.public_keys import checked_public_key
@@ -33,6 +34,7 @@ from sandyard.server.links.sessions import JwtSessions, Provider
 from sandyard.server.service.builds.build import build_templates
 from sandyard.server.service.money.build import Money, build_money
 from sandyard.server.service.money.metering import BEAT, Meter
+from sandyard.server.service.network.build import build_network
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.people.build import build_people
 from sandyard.server.service.people.sign_in import SignIn
@@ -146,6 +148,7 @@ def _services(
         people=people,
         money=money,
         sandboxes=sandboxes,
+        network=build_network(platform),
         workspaces=workspaces,
         templates=build_templates(
             platform,
@@ -180,7 +183,8 @@ async def open_control(
 ) -> AsyncIterator[Control]:
     """Open a control plane on a store and nodes. `server_id` distinguishes it from its peers.
 
-    Work that a server with that id left unfinished is resumed.
+    Work that a server with that id left unfinished is resumed. The mappings by node may change,
+    and be empty at first.
     """
     async with store.write(Turn.ALONE) as tx:
         await tx.leases.void(server_id)
@@ -198,6 +202,7 @@ async def open_control(
         plans=plans_of(settings),
         prices=prices_of(settings),
         enforces=settings.billing.enforce,
+        new_authority=new_network_authority,
     )
     async with (
         _payments(settings) as payments,
@@ -212,14 +217,22 @@ async def open_control(
         workspaces = build_workspaces(
             platform,
             volumes=volumes,
-            exports=exports or {},
+            exports={} if exports is None else exports,
             threads=threads,
             quota_bytes=settings.workspaces.quota_mib * 2**20,
             upload_max=settings.workspaces.upload_mib * 2**20,
         )
-        services = _services(settings, platform, reconciler, money, workspaces, versions or {})
+        services = _services(
+            settings, platform, reconciler, money, workspaces, {} if versions is None else versions
+        )
         made = make_faces(
-            services, platform, http=settings.http, metrics=metrics, version=version, more=faces
+            services,
+            platform,
+            http=settings.http,
+            e2b=settings.e2b,
+            metrics=metrics,
+            version=version,
+            more=faces,
         )
         yield Control(
             front=made.front,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from sandyard.server.app.backups import age_of_newest
+from sandyard.server.app.e2b import examine_e2b
 from sandyard.server.app.installation import is_member
 from sandyard.server.app.links import Finding, examine_certificates, examine_links
 from sandyard.server.app.settings import Settings
@@ -79,6 +80,9 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
     for finding in examine_certificates(settings):
         yield finding
     yield examine_backups(settings)
+    if not is_member(settings.home):
+        async for finding in examine_e2b(settings):
+            yield finding
 
 
 def _config(settings: Settings) -> Finding | None:

@@ -8,7 +8,8 @@ from fastapi import FastAPI
 from sandyard.server.api import make_api
 from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics, MetricsRoute, NodeReports
-from sandyard.server.app.settings import HttpSettings
+from sandyard.server.app.settings import E2bSettings, HttpSettings
+from sandyard.server.e2b.app import make_e2b
 from sandyard.server.front.bodies import LargeBodies
 from sandyard.server.front.dispatch import Dispatch, FaceEntry
 from sandyard.server.front.face import EdgeServices
@@ -36,6 +37,7 @@ def make_faces(
     platform: Platform,
     *,
     http: HttpSettings,
+    e2b: E2bSettings,
     metrics: Metrics,
     version: str,
     more: Sequence[MakeFace] = (),
@@ -56,10 +58,22 @@ def make_faces(
     api.add_route("/metrics", shown.answer, include_in_schema=False)
     previews = PreviewApp(services, edge, clock=platform.clock)
     pages = make_pages(edge, version=version)
+    other = None
+    if e2b.enabled:
+        other = make_e2b(
+            services,
+            edge,
+            domain=e2b.domain,
+            own=own,
+            has_public_ports=e2b.public_ports,
+            images=e2b.images,
+        )
     front = Dispatch(
         [
             *(make(services, edge) for make in more),
+            *(other.at_domain if other else ()),
             FaceEntry(below(services.addresses.preview_domain), previews, takes_tunnels=True),
+            *(other.beside_others if other else ()),
             FaceEntry(at_paths(own, exactly=PATHS, prefixes=PREFIXES), pages),
             FaceEntry(own, api),
         ]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from sandyard.server.app.certificates import (
     AUTHORITY,
+    E2B,
     MEND,
     OWN,
     PREVIEW,
@@ -35,7 +36,7 @@ from sandyard.server.links.tunnel.door import reached
 from sandyard.server.links.tunnel.ends import Papers, context_of
 
 _LIMIT_S = 5.0
-_NAMES = {OWN: "host's own", AUTHORITY: "authority's", PREVIEW: "previews'"}
+_NAMES = {OWN: "host's own", AUTHORITY: "authority's", PREVIEW: "previews'", E2B: "E2B API's"}
 _NATS_MEND = (
     "run `sandyard admin nats-config` again as before, copy the directory to its host, and run "
     "`nats-server --signal reload` there"

@@ -93,8 +93,10 @@ async def open_node(
         allow = [str(one) for one in settings.node.allow]
         network = Slots(
             await identity_of(settings),
+            home=settings.home,
             allow=allow,
             resolvers=[str(one) for one in settings.node.dns],
+            extra_ca=settings.node.extra_ca,
         )
         disks = Ext4Disks()
         exports = NfsExports(

@@ -154,6 +154,8 @@ def scopes_page() -> str:
             opens = "everything but `admin:…`"
         elif scope.startswith("admin:"):
             opens = "other members' resources"
+        elif scope == "secret:use":
+            opens = "`network.inject` with secrets, of sandboxes and builds"
         elif not opened and scope.endswith("*"):
             opens = " ".join(f"`{one}`" for one in members)
         lines.append(f"| `{scope}` | {opens or 'nothing here; kept for other services'} |")

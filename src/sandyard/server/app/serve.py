@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from types import FrameType
 from typing import Any
 
@@ -21,12 +22,13 @@ from sandyard.server.app.backups import back_up_regularly
 from sandyard.server.app.control import Control
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.installation import forget_environment, only_server, ssh_host_key
-from sandyard.server.app.settings import HttpSettings, Settings
+from sandyard.server.app.settings import E2bSettings, HttpSettings, PreviewSettings, Settings
 from sandyard.server.app.wiring import identity_of
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.states import Event, Status
 from sandyard.server.drivers.firecracker.jail import remove_groups
+from sandyard.server.front.dispatch import Dispatch
 from sandyard.server.front.engine import ConnectionLimits, Gate, guarded
 from sandyard.server.front.proxies import TrustedProxies
 from sandyard.server.gateway.ssh.gateway import open_gateway
@@ -193,7 +195,8 @@ async def serve_control(
 ) -> None:
     """Serve HTTP and run a control plane's background work, with `background` concurrently, until
     stopped, and for `drain_s` seconds longer."""
-    handshakes = _preview_handshakes(settings)
+    handshakes = _handshakes(settings.preview, "preview")
+    e2b_handshakes = _handshakes(settings.e2b, "e2b")
     server = http_server(control.front, settings.http, is_tunnel=control.front.is_tunnel)
     server.drain_s = drain_s
     # What is there by now stays: to look through it again and again for garbage costs a tenth of
@@ -208,16 +211,21 @@ async def serve_control(
             tasks.create_task(control.services.workspaces.run()),
             tasks.create_task(control.services.readiness.run()),
             tasks.create_task(control.services.building.run()),
+            tasks.create_task(control.services.journals.run()),
             *(tasks.create_task(one) for one in background),
         ]
         host, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%s", host, port)
-        async with _preview_server(control.previews, settings, handshakes) as preview:
+        async with (
+            _preview_server(control.previews, settings, handshakes) as preview,
+            _e2b_server(control.front, settings, e2b_handshakes) as e2b,
+        ):
 
             def drain() -> None:
                 control.services.readiness.stop_serving()
-                if preview is not None:
-                    preview.close_after_answers()
+                for one in (preview, e2b):
+                    if one is not None:
+                        one.close_after_answers()
 
             server.on_drain = drain
             await server.serve(sockets=[listener])
@@ -225,17 +233,35 @@ async def serve_control(
             one.cancel()
 
 
-@contextlib.asynccontextmanager
-async def _preview_server(
+def _preview_server(
     preview: ASGIApp, settings: Settings, handshakes: Handshakes | None
-) -> AsyncIterator[HttpServer | None]:
+) -> AbstractAsyncContextManager[HttpServer | None]:
     """Serve previews on a separate port, if one is configured."""
-    port = settings.preview.port
+    server = http_server(preview, settings.http, is_tunnel=lambda _: True, handshakes=handshakes)
+    return _beside(server, settings, settings.preview.port, "PREVIEW", handshakes)
+
+
+def _e2b_server(
+    front: Dispatch, settings: Settings, handshakes: Handshakes | None
+) -> AbstractAsyncContextManager[HttpServer | None]:
+    """Serve the E2B API on a separate port, if one is configured."""
+    server = http_server(front, settings.http, is_tunnel=front.is_tunnel, handshakes=handshakes)
+    return _beside(server, settings, settings.e2b.port, "E2B", handshakes)
+
+
+@contextlib.asynccontextmanager
+async def _beside(
+    server: HttpServer,
+    settings: Settings,
+    port: int | None,
+    section: str,
+    handshakes: Handshakes | None,
+) -> AsyncIterator[HttpServer | None]:
+    """Run a server on a separate port, if one is configured."""
     if port is None:
         yield None
         return
-    server = http_server(preview, settings.http, is_tunnel=lambda _: True, handshakes=handshakes)
-    async with served_on(server, settings.http.host, port, "SANDYARD_PREVIEW__PORT"):
+    async with served_on(server, settings.http.host, port, f"SANDYARD_{section}__PORT"):
         try:
             yield server
         finally:
@@ -263,13 +289,13 @@ async def served_on(
                 await asyncio.wait([serving])
 
 
-def _preview_handshakes(settings: Settings) -> Handshakes | None:
-    """Return the TLS handshakes for the port of previews, if it terminates TLS.
+def _handshakes(section: PreviewSettings | E2bSettings, name: str) -> Handshakes | None:
+    """Return the TLS handshakes for a separate port, if it terminates TLS.
 
     Raises:
         UnavailableError: its certificate cannot be used.
     """
-    certificate, key = settings.preview.tls_certificate, settings.preview.tls_key
+    certificate, key = section.tls_certificate, section.tls_key
     if certificate is None or key is None:
         return None
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -278,7 +304,7 @@ def _preview_handshakes(settings: Settings) -> Handshakes | None:
     except (OSError, ssl.SSLError) as error:
         raise UnavailableError(
             f"cannot use the certificate {certificate} with the key {key}: {error}; check "
-            "preview.tls_certificate and preview.tls_key"
+            f"{name}.tls_certificate and {name}.tls_key"
         ) from error
     return Handshakes(tls, limit_s=_HANDSHAKE_S)
 

@@ -44,6 +44,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _checked_domain(domain: str | None) -> str | None:
+    if domain is not None and not re.fullmatch(_DOMAIN, domain):
+        raise ValueError("it must be a domain in lower case, such as preview.example.org")
+    return domain
+
+
 class HttpSettings(Section):
     """The HTTP server."""
 
@@ -167,17 +173,65 @@ class PreviewSettings(Section):
     @field_validator("domain")
     @classmethod
     def _is_a_domain(cls, domain: str | None) -> str | None:
-        if domain is not None and not re.fullmatch(_DOMAIN, domain):
-            raise ValueError("it must be a domain in lower case, such as preview.example.org")
-        return domain
+        return _checked_domain(domain)
 
     @model_validator(mode="after")
     def _whole_tls(self) -> Self:
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_certificate and tls_key go together")
-        if self.tls_certificate is not None and self.port is None:
-            raise ValueError("tls_certificate is for a port of its own: set preview.port as well")
+        _check_own_port("preview", self)
         return self
+
+
+class E2bSettings(Section):
+    """The E2B API."""
+
+    enabled: bool = Field(True, description="Whether the E2B API is served.")
+    domain: str | None = Field(
+        None,
+        description="The domain of the E2B API, with the port if it is not 443, which clients have "
+        "as `E2B_DOMAIN`: they find the API at `api.DOMAIN` and sandboxes below DOMAIN, always by "
+        "TLS. Wildcard DNS (`*.domain`) must lead to this server. Default: none; clients set "
+        "`E2B_API_URL` and `E2B_SANDBOX_URL` to the server's URL.",
+    )
+    public_ports: bool = Field(
+        True,
+        description="Whether ports of sandboxes that were created by the E2B API are open to "
+        "everyone below `e2b.domain`, as they are at E2B. Otherwise clients need the sandbox's "
+        "traffic token.",
+    )
+    port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="A separate port for the E2B API, on the same address. Default: none; it "
+        "shares `http.port`.",
+    )
+    images: dict[str, str] = Field(
+        {"e2bdev/base": "e2b-base", "ubuntu": "e2b-base", "debian": "e2b-base"},
+        description="Templates that builds use in place of container images, by the images' names "
+        "without tags. Other images come from their registries.",
+    )
+    tls_certificate: Path | None = Field(
+        None,
+        description="A certificate chain for `*.domain` (PEM), with which `e2b.port` serves TLS.",
+    )
+    tls_key: Path | None = Field(None, description="The certificate's private key (PEM).")
+
+    @field_validator("domain")
+    @classmethod
+    def _is_a_domain(cls, domain: str | None) -> str | None:
+        return _checked_domain(domain)
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> Self:
+        _check_own_port("e2b", self)
+        return self
+
+
+def _check_own_port(name: str, section: PreviewSettings | E2bSettings) -> None:
+    if (section.tls_certificate is None) != (section.tls_key is None):
+        raise ValueError("tls_certificate and tls_key go together")
+    if section.tls_certificate is not None and section.port is None:
+        raise ValueError(f"tls_certificate is for a port of its own: set {name}.port as well")
 
 
 class StoreSettings(Section):
@@ -575,6 +629,13 @@ class BuildSettings(Section):
     upload_mib: int = Field(
         10_240, ge=1, le=2**20, description="The size limit of one upload in MiB."
     )
+    cache_mib: int = Field(
+        5120,
+        ge=0,
+        le=2**24,
+        description="The size limit of what the builds of one user keep for later ones, in MiB; "
+        "0 keeps nothing.",
+    )
     vcpus: int = Field(
         2, ge=1, le=64, description="The processors of the machine that unpacks images."
     )
@@ -646,8 +707,10 @@ class BackupSettings(Section):
     )
     every_h: float = Field(24, gt=0, le=24 * 365, description="Hours between two backups.")
     keep: int = Field(7, ge=1, le=10_000, description="How many are kept; older ones are removed.")
-    include: tuple[Literal["paused", "snapshots", "workspaces"], ...] = Field(
-        (), description="What else is in them: files of paused sandboxes, snapshots, workspaces."
+    include: tuple[Literal["paused", "snapshots", "workspaces", "templates"], ...] = Field(
+        (),
+        description="What else is in them: files of paused sandboxes, snapshots, workspaces, and "
+        "templates that users built.",
     )
     quarantine_days: float = Field(
         7,
@@ -701,6 +764,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     ssh: SshSettings = SshSettings()
     preview: PreviewSettings = PreviewSettings()
+    e2b: E2bSettings = E2bSettings()
     store: StoreSettings = StoreSettings()
     node: NodeSettings = NodeSettings()
     firecracker: FirecrackerSettings = FirecrackerSettings()
@@ -711,19 +775,37 @@ class Settings(BaseSettings):
     plans: dict[str, PlanSettings] = Field(
         {
             "free": PlanSettings(
-                requests_per_minute=60, storage_gb=10, snapshots=10, snapshot_gb=10
+                requests_per_minute=60,
+                storage_gb=10,
+                snapshots=10,
+                snapshot_gb=10,
+                templates=10,
+                template_versions=50,
+                template_gb=10,
             ),
             "pro": PlanSettings(
-                requests_per_minute=300, storage_gb=50, snapshots=100, snapshot_gb=100
+                requests_per_minute=300,
+                storage_gb=50,
+                snapshots=100,
+                snapshot_gb=100,
+                templates=100,
+                template_versions=500,
+                template_gb=50,
             ),
             "team": PlanSettings(
-                requests_per_minute=1000, storage_gb=500, snapshots=1000, snapshot_gb=1000
+                requests_per_minute=1000,
+                storage_gb=500,
+                snapshots=1000,
+                snapshot_gb=1000,
+                templates=1000,
+                template_versions=5000,
+                template_gb=500,
             ),
             "enterprise": PlanSettings(),
         },
         description="Plans by name, each a table: `requests_per_minute`, `sandboxes`, `vcpus`, "
         "`memory_gb`, `disk_gb`, `storage_gb`, `test_sandboxes`, `snapshots`, `snapshot_gb`, "
-        "`test_snapshots`.",
+        "`test_snapshots`, `templates`, `template_versions`, `template_gb`, `builds`.",
     )
     workspaces: WorkspaceSettings = WorkspaceSettings()
     builds: BuildSettings = BuildSettings()

@@ -246,6 +246,7 @@ def build_limits_of(settings: Settings) -> BuildLimits:
         limit_s=own.limit_s,
         log_bytes=own.log_kib * 1024,
         size_max=own.size_mib * 2**20,
+        cache_bytes=own.cache_mib * 2**20,
         builder=Shape(own.vcpus, own.memory_mib, own.disk_mib),
     )
 

@@ -25,6 +25,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import new_request_id
 from sandyard.server.front.bodies import BoundedBody
+from sandyard.server.front.exchange import BrokenOffError
 from sandyard.server.front.face import EdgeServices, Face
 from sandyard.server.service.people.access import no_credential
 from sandyard.server.service.people.rates import Allowance
@@ -64,19 +65,13 @@ class Edge:
                 await self._app(scope, body.receive, to_client)
             except SandyardError as error:
                 if answer.has_started:
-                    # The status is sent already. Closing the connection tells the client.
-                    log.warning(
-                        "an error came after the response had begun; aborting it: %s", error.message
-                    )
+                    self._break_off(error)
                     return
                 await self._face.render(Request(scope), error)(scope, receive, to_client)
             except Exception as error:  # a bug: the client gets an id, the log the rest
                 if answer.has_started and isinstance(error.__cause__, SandyardError):
                     # As above; Starlette reports it as an error that it should have answered.
-                    log.warning(
-                        "an error came after the response had begun; aborting it: %s",
-                        error.__cause__.message,
-                    )
+                    self._break_off(error.__cause__)
                     return
                 log.exception("unexpected error while handling a request")
                 if answer.has_started:
@@ -115,6 +110,17 @@ class Edge:
                 await self._app(scope, receive, send_on)
             except SandyardError as error:
                 await self._face.render(HTTPConnection(scope), error)(scope, receive, send_on)
+
+    def _break_off(self, error: SandyardError) -> None:
+        """End an answer that cannot go on. Its status is sent already: the end of the connection
+        tells the client.
+
+        Raises:
+            BrokenOffError: the connection must be reset.
+        """
+        log.warning("an error came after the response had begun; aborting it: %s", error.message)
+        if self._face.resets:
+            raise BrokenOffError(resets=True) from error
 
     async def _identify(self, scope: Scope) -> None:
         """Verify the credential of a request for a guarded path, and count the request.

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import socket
+import struct
 import time
 import urllib.parse
 from asyncio.events import TimerHandle
@@ -48,6 +49,7 @@ _KNOWN_S, _KNOWN_MAX = 3600.0, 10_000
 _SLICE = 16 * 1024
 _LINGER_S, _LINGER_MAX_S, _SLOWEST_LINGERER = 1.0, 20.0, 256 * 1024
 _UNACKNOWLEDGED_S = 60.0
+_RESET = struct.pack("ii", 1, 0)  # socket(7): on close, what is unsent is dropped
 _PONGS_MAX = 512  # 127 bytes each, at most
 _SOCKET_HEADERS_MAX, _SOCKET_LINE_MAX = 120, 8000  # what the library takes, and some less
 _TUNNEL_MAX = 256 * 1024
@@ -429,9 +431,19 @@ class GuardedProtocol(HttpToolsProtocol):
 
         try:
             await app(scope, receive, sends)
-        except BrokenOffError:
+        except BrokenOffError as error:
             cycle.disconnected = True
+            if error.resets:
+                self._reset_at_close()
             self.transport.abort()
+
+    def _reset_at_close(self) -> None:
+        """Have the connection end by a reset (RFC 9293, 3.5.3). Clients take an end in the middle
+        of an answer for a server that errs, and a reset for one that is gone."""
+        raw = self.transport.get_extra_info("socket")
+        if raw is not None:
+            with suppress(OSError):
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     # --- who is slow ----------------------------------------------------------------------------
 

@@ -32,7 +32,12 @@ class HungUpError(Exception):
 
 
 class BrokenOffError(Exception):
-    """An answer in progress cannot continue; reset the client's connection."""
+    """An answer in progress cannot continue; end the client's connection, if it `resets` by a
+    reset."""
+
+    def __init__(self, *, resets: bool = False) -> None:
+        super().__init__("an answer cannot continue")
+        self.resets = resets
 
 
 class GuestExchange:

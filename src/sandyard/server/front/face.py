@@ -30,7 +30,9 @@ class Face:
 
     `guards` tells which paths need a credential. `credentials` are asked in order, and the first
     that finds one decides. `render` turns an error into the protocol's answer. With `json_only`,
-    guarded routes take JSON bodies only, unless a route streams its body.
+    guarded routes take JSON bodies only, unless a route streams its body. If it `resets`, an answer
+    that cannot go on is ended by a reset of its connection, which drops what is not read yet;
+    otherwise the connection is closed.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Face:
     credentials: Sequence[Reader]
     render: Callable[[HTTPConnection, SandyardError], Response]
     json_only: bool
+    resets: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _TOLD_BY_US = frozenset(
         b"x-forwarded-host", b"x-forwarded-port", b"x-real-ip", b"content-length",
     }
 )  # fmt: skip
-_OURS = re.compile(rb"rt_(?:live|test)_", re.IGNORECASE)
+_OURS = re.compile(rb"rt_(?:live|test)_|e2b_[0-9a-f]{40}", re.IGNORECASE)
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104 - told apart
 
 

@@ -5,6 +5,7 @@ from typing import TypedDict, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
+    Connection,
     MachineFact,
     MachineWish,
     NodeControl,
@@ -13,6 +14,7 @@ from sandyard.server.core.contracts.node import (
     SnapshotFact,
     TemplateFact,
 )
+from sandyard.server.core.egress import Credentials, Policy
 from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.roster import Heartbeat, Roster
@@ -100,6 +102,33 @@ class PatientNode:
     async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
         """See NodeControl.find_room."""
         return await self._soon(self._node.find_room(template, shape, count=count), _SHORT_S)
+
+    async def ensure_network(
+        self,
+        sandbox_id: str,
+        *,
+        incarnation: int,
+        policy: Policy,
+        credentials: Credentials | None = None,
+        version: int = 0,
+    ) -> None:
+        """See NodeControl.ensure_network."""
+        await attended(
+            self._node.ensure_network(
+                sandbox_id,
+                incarnation=incarnation,
+                policy=policy,
+                credentials=credentials,
+                version=version,
+            ),
+            **self._attention,
+        )
+
+    async def connections(
+        self, sandbox_id: str, *, since: float | None = None
+    ) -> tuple[Connection, ...]:
+        """See NodeControl.connections."""
+        return await self._soon(self._node.connections(sandbox_id, since=since), _SHORT_S)
 
     async def console(self, sandbox_id: str) -> bytes:
         """See NodeControl.console."""

@@ -7,10 +7,14 @@ from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.builds.build import TemplateServices
 from sandyard.server.service.builds.building import Building
 from sandyard.server.service.builds.builds import Builds
+from sandyard.server.service.builds.credentials import RegistryCredentials
 from sandyard.server.service.builds.uploads import Uploads
 from sandyard.server.service.feed import Feed
 from sandyard.server.service.money.billing import Billing
 from sandyard.server.service.money.build import Money
+from sandyard.server.service.network.build import NetworkServices
+from sandyard.server.service.network.journals import Journals
+from sandyard.server.service.network.secrets import Secrets
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.api_keys import ApiKeys
 from sandyard.server.service.people.build import People
@@ -34,6 +38,7 @@ from sandyard.server.service.sandboxes.processes import Processes
 from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.sandboxes.terminals import Terminals
+from sandyard.server.service.sandboxes.tokens import SandboxTokens
 from sandyard.server.service.templates.templates import Templates
 from sandyard.server.service.workspaces.build import WorkspaceServices
 from sandyard.server.service.workspaces.files import WorkspaceFiles
@@ -55,11 +60,14 @@ class Services:
     clock: Clock
     creation: Creation
     sandboxes: Sandboxes
+    secrets: Secrets
+    journals: Journals
     commands: Commands
     processes: Processes
     contexts: Contexts
     files: Files
     signing: Signing
+    tokens: SandboxTokens
     addresses: Addresses
     logins: Logins
     previews: Previews
@@ -70,6 +78,7 @@ class Services:
     templates: Templates
     builds: Builds
     uploads: Uploads
+    registry_credentials: RegistryCredentials
     building: Building
     workspaces: Workspaces
     workspace_files: WorkspaceFiles
@@ -82,6 +91,7 @@ def gather(
     people: People,
     money: Money,
     sandboxes: SandboxServices,
+    network: NetworkServices,
     workspaces: WorkspaceServices,
     templates: TemplateServices,
     addresses: Addresses,
@@ -101,11 +111,14 @@ def gather(
         clock=platform.clock,
         creation=sandboxes.creation,
         sandboxes=sandboxes.sandboxes,
+        secrets=network.secrets,
+        journals=network.journals,
         commands=sandboxes.commands,
         processes=sandboxes.processes,
         contexts=sandboxes.contexts,
         files=sandboxes.files,
         signing=sandboxes.signing,
+        tokens=sandboxes.tokens,
         addresses=addresses,
         logins=people.logins,
         previews=sandboxes.previews,
@@ -116,6 +129,7 @@ def gather(
         templates=platform.templates,
         builds=templates.builds,
         uploads=templates.uploads,
+        registry_credentials=templates.credentials,
         building=templates.building,
         workspaces=workspaces.workspaces,
         workspace_files=workspaces.files,

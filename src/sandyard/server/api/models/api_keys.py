@@ -23,6 +23,10 @@ class CreateApiKey(Body):
     expires_in: ExpiresIn | None = Field(None, examples=["30d", "12m", "1y", "never"])
     is_test: bool = False
     project_id: str | None = None
+    format: Literal["sandyard", "e2b"] = Field(
+        "sandyard",
+        description="`e2b`: a key that begins with `e2b_`, as clients of the E2B API insist on.",
+    )
 
 
 class PatchApiKey(Body):

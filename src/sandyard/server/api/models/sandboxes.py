@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, JsonValue, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from sandyard.server.api.models.base import STRICT, Body, Env, Model, Name, Time, bounds
-from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.api.models.network import NetworkIn
 from sandyard.server.core.ids import TAGS_MAX
 from sandyard.server.core.ops import Figures
 from sandyard.server.core.records import Mount, Sandbox
@@ -75,7 +75,11 @@ class CreateSandbox(Body):
     auto_resume: bool = True
     expires_in: int | None = Field(None, ge=1, le=315_360_000)
     on_expiry: OnExpiry = "destroy"
-    network: dict[str, JsonValue] | None = None
+    network: NetworkIn | None = Field(
+        None,
+        description="Default for one from a snapshot: the rules of what that was taken of; for "
+        "others: none.",
+    )
     snapshot: str | None = None
 
     def wish(self) -> NewSandbox:
@@ -87,6 +91,8 @@ class CreateSandbox(Body):
             named["mounts"] = tuple(
                 Mount(one.workspace_id, one.path, one.read_only) for one in self.mounts
             )
+        if self.network is not None:
+            named["network"] = self.network.policy()
         named["pauses_at_end"] = self.on_expiry == "pause"
         return NewSandbox(**named, **resources)
 
@@ -105,6 +111,7 @@ class PatchSandbox(Body):
         None, ge=0, le=315_360_000, description="Seconds from now to its end; 0: none any more."
     )
     on_expiry: OnExpiry | None = None
+    network: NetworkIn | None = Field(None, description="Replaces all rules.")
 
     _clears_name: bool = PrivateAttr(default=False)
 
@@ -118,11 +125,12 @@ class PatchSandbox(Body):
 
     def changes(self) -> Changes:
         """Return what is to be changed; fields of one name mean the same."""
-        given = self.model_fields_set - {"on_expiry"}
+        given = self.model_fields_set - {"on_expiry", "network"}
         pauses = None if self.on_expiry is None else self.on_expiry == "pause"
         return Changes(
             pauses_at_end=pauses,
             clears_name=self._clears_name,
+            network=None if self.network is None else self.network.policy(),
             **{name: getattr(self, name) for name in given},
         )
 
@@ -305,14 +313,3 @@ class StatsOut(Model):
 def stats_of(figures: Figures) -> Stats:
     """Return a sandbox's figures as they are shown."""
     return Stats.model_validate(vars(figures), by_name=True)
-
-
-def check_offered(body: CreateSandbox) -> None:
-    """Refuse options that this version does not implement, rather than ignore them silently."""
-    network = body.network or {}
-    if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):
-        raise InvalidArgumentError(
-            "cannot restrict the network of one sandbox: this version offers the default alone "
-            "(internet allowed; host, other sandboxes and private ranges denied)",
-            field="network",
-        )

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from sandyard.server.api.models.base import Body, Env, Model, Time, UserName
+from sandyard.server.api.models.network import NetworkIn
 from sandyard.server.core.contracts.node import TemplateFact
+from sandyard.server.core.egress import NO_RULES
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import SLUG
 from sandyard.server.core.records import Build, BuildLine, Upload
@@ -16,7 +18,7 @@ from sandyard.server.service.builds.plan import NewFile, NewTemplate
 from sandyard.server.service.templates.templates import OwnTemplate
 
 TemplateStatusOut = Literal["pending", "building", "ready", "failed"]
-BuildStatusOut = Literal["queued", "building", "ready", "failed", "cancelled"]
+BuildStatusOut = Literal["waiting", "queued", "building", "ready", "failed", "cancelled"]
 Words = Annotated[list[str], Field(json_schema_extra={"maxItems": 200})]
 
 
@@ -107,6 +109,9 @@ class BuildTemplate(Body):
     context: str | None = Field(
         None, description="The id of an upload: the Dockerfile's context, a tar archive."
     )
+    credentials: str | None = Field(
+        None, description="The id of a credential for the registry that an image comes from."
+    )
     apt: Words = []
     pip: Words = []
     npm: Words = []
@@ -125,6 +130,19 @@ class BuildTemplate(Body):
     default_user: UserName | None = Field(None, description="Default: the image's, else root.")
     workdir: str | None = Field(None, description="Default: the image's, else /workspace.")
     defaults: DefaultsIn | None = None
+    secrets: dict[str, str] = Field(
+        {},
+        repr=False,
+        examples=[{"TOKEN": "…"}],
+        description="For commands of the build, as files in `/run/secrets`, and for `RUN "
+        "--mount=type=secret,id=…` of a Dockerfile. They are in no version and no cache, and "
+        "masked in the log.",
+        json_schema_extra={"maxProperties": 20},
+    )
+    force: bool = Field(False, description="Use nothing that earlier builds have kept.")
+    network: NetworkIn | None = Field(
+        None, description="What the build may reach, as for a sandbox. Default: everything."
+    )
 
     def wish(self) -> NewTemplate:
         """Return it as the service takes it.
@@ -142,6 +160,7 @@ class BuildTemplate(Body):
             upload=self.upload,
             dockerfile=self.dockerfile,
             context=self.context,
+            credentials=self.credentials,
             apt=tuple(self.apt),
             pip=tuple(self.pip),
             npm=tuple(self.npm),
@@ -155,6 +174,9 @@ class BuildTemplate(Body):
             vcpus=shape.vcpus,
             memory=shape.memory,
             disk=shape.disk,
+            secrets=self.secrets,
+            force=self.force,
+            network=NO_RULES if self.network is None else self.network.policy(),
         )
 
 

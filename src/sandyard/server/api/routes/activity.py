@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope, takes_query_key
-from sandyard.server.api.cursors import Cursor, decode_cursor, encode_cursor
+from sandyard.server.api.cursors import Cursor
 from sandyard.server.api.events import EventStream, Recheck, SseEvent, rechecked
 from sandyard.server.api.models.activity import EventPage, EventsOut, event_out
 from sandyard.server.api.models.base import PageMeta
@@ -17,6 +17,7 @@ from sandyard.server.api.routes.common import Where, errors, provided
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.records import Activity, Sandbox
+from sandyard.server.front.cursors import decode_cursor, encode_cursor
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.feed import Feed

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, cast
 from fastapi import APIRouter, Depends, Query, Request
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.cursors import Cursor, decode_cursor
+from sandyard.server.api.cursors import Cursor
 from sandyard.server.api.models.api_keys import (
     ApiKeyOut,
     CreateApiKey,
@@ -23,6 +23,7 @@ from sandyard.server.api.routes.common import (
 )
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.records import ApiKey
+from sandyard.server.front.cursors import decode_cursor
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.api_keys import ApiKeys, status_of
 
@@ -53,6 +54,7 @@ async def create_api_key(
         expires_in=body.expires_in,
         is_test=body.is_test,
         project_id=body.project_id,
+        is_for_e2b=body.format == "e2b",
     )
     return _with_secret(request, key, secret)
 

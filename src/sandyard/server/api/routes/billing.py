@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request
 
 from sandyard.server.api.access import Scope, open_to_all
-from sandyard.server.api.cursors import Cursor, decode_cursor
+from sandyard.server.api.cursors import Cursor
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.billing import (
     AutoTopupOut,
@@ -31,6 +31,7 @@ from sandyard.server.core.errors import PayloadTooLargeError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.money import MICROS
 from sandyard.server.core.plans import LIMITS
+from sandyard.server.front.cursors import decode_cursor
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.money.billing import Billing
 

@@ -14,9 +14,9 @@ from sandyard.server.api.access import Scope
 from sandyard.server.api.models.base import Data, Meta
 from sandyard.server.api.models.commands import Exec, ExecOut, exec_out, pieces_of_answer
 from sandyard.server.api.routes.common import enveloped, errors, provided
-from sandyard.server.api.streams import while_connected
 from sandyard.server.core.ids import checked_text
 from sandyard.server.front.bodies import takes_body
+from sandyard.server.front.streams import while_connected
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.execute import CommandOutcome, Commands
 from sandyard.server.tasks import in_thread

@@ -8,8 +8,8 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Header, Request
 from starlette.requests import HTTPConnection
 
-from sandyard.server.api.cursors import encode_cursor
 from sandyard.server.api.models.base import Data, ErrorAnswer, Meta, Page, PageMeta
+from sandyard.server.front.cursors import encode_cursor
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.repeats import Repeatable
 

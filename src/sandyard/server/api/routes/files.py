@@ -10,7 +10,6 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from sandyard.server.api.access import Scope, takes_query_key, takes_signature
-from sandyard.server.api.downloads import exactly, file_headers, requested_range
 from sandyard.server.api.events import EventStream, Recheck, SseEvent, rechecked
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.files import (
@@ -34,7 +33,6 @@ from sandyard.server.api.models.files import (
     version_in,
 )
 from sandyard.server.api.routes.common import Keyed, enveloped, errors, provided
-from sandyard.server.api.streams import HeldStream
 from sandyard.server.core import ops
 from sandyard.server.core.errors import (
     AgentError,
@@ -43,6 +41,8 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import FileChange, FileFact
 from sandyard.server.front.bodies import streams_body
+from sandyard.server.front.downloads import exactly, file_headers, requested_range
+from sandyard.server.front.streams import HeldStream
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.fields import ACCOUNT
 from sandyard.server.service.sandboxes.files import DEPTH_MAX, LIST_MAX, Files

@@ -13,9 +13,12 @@ router = APIRouter(include_in_schema=False)
 Anyone = Annotated[Actor, Depends(Scope(None))]
 
 _PLANNED = {
-    "credentials for registries": [
-        ("GET POST", "/v1/registry-credentials"),
-        ("DELETE", "/v1/registry-credentials/{id}"),
+    "webhooks": [
+        ("GET POST", "/v1/webhooks"),
+        ("GET PATCH DELETE", "/v1/webhooks/{id}"),
+        ("POST", "/v1/webhooks/{id}/rotate"),
+        ("GET", "/v1/webhooks/{id}/deliveries"),
+        ("POST", "/v1/webhooks/{id}/deliveries/{delivery}/redeliver"),
     ],
 }
 

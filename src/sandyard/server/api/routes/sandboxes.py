@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.cursors import Cursor, decode_cursor
+from sandyard.server.api.cursors import Cursor
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.sandboxes import (
     CreateSandbox,
@@ -17,7 +17,6 @@ from sandyard.server.api.models.sandboxes import (
     ResumedOut,
     SandboxOut,
     StatsOut,
-    check_offered,
     resumed_out,
     sandbox_out,
     stats_of,
@@ -35,6 +34,7 @@ from sandyard.server.core.ids import TAGS_MAX, checked_text
 from sandyard.server.core.records import SandboxQuery
 from sandyard.server.core.states import Status
 from sandyard.server.front.bodies import takes_body
+from sandyard.server.front.cursors import decode_cursor
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
@@ -76,7 +76,6 @@ async def create_sandbox(
 ) -> Data[SandboxOut]:
     """Create a sandbox. It is running at once if the pool has one, else it starts in the
     background; `wait` delays the answer until it runs."""
-    check_offered(body)
     sandbox = await creation.create(actor, body.wish(), request=keyed, wait_s=wait)
     return enveloped(request, sandbox_out(sandbox, actor, where))
 
@@ -176,8 +175,8 @@ async def change_sandbox(
     reference: str,
     body: PatchSandbox,
 ) -> Data[SandboxOut]:
-    """Change a sandbox's name, tags, idle timeout, metadata, project, automatic resume or
-    expiry."""
+    """Change a sandbox's name, tags, idle timeout, metadata, project, automatic resume, expiry or
+    network rules."""
     sandbox = await service.change(
         actor, checked_text(reference, field="reference"), body.changes()
     )

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Depends, Query, Request
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.cursors import Cursor, decode_cursor
+from sandyard.server.api.cursors import Cursor
 from sandyard.server.api.models.base import Data, Page, RemovedOut
 from sandyard.server.api.models.sandboxes import SandboxOut, sandbox_out
 from sandyard.server.api.models.snapshots import (
@@ -17,6 +17,7 @@ from sandyard.server.api.models.snapshots import (
 )
 from sandyard.server.api.routes.common import Keyed, Where, enveloped, errors, paged, provided
 from sandyard.server.core.ids import checked_text
+from sandyard.server.front.cursors import decode_cursor
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 

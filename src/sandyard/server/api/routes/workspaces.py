@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.downloads import exactly, file_headers, span_of
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.workspaces import (
     ChangeEntries,
@@ -44,11 +43,12 @@ from sandyard.server.api.routes.common import (
     provided,
     repeatable,
 )
-from sandyard.server.api.streams import HeldStream
 from sandyard.server.api.uploads import Upload
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.front.bodies import streams_body, takes_body
+from sandyard.server.front.downloads import exactly, file_headers, span_of
+from sandyard.server.front.streams import HeldStream
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces.beneath import Parts
 from sandyard.server.service.workspaces.files import WorkspaceFiles

@@ -36,10 +36,14 @@ _INPUT_MAX = 1024 * 1024
 _ENV_MAX, _ENV_BYTES_MAX = 64, 64 * 1024
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _LOCALES = frozenset({"C", "POSIX", "C.UTF-8", "C.utf8"})
+# The sandbox's own, or ours with our own C library.
 _SFTP = """\
 for one in /usr/lib/openssh/sftp-server /usr/libexec/openssh/sftp-server \
 /usr/libexec/sftp-server /usr/lib/ssh/sftp-server /usr/lib/sftp-server; do
 [ -x "$one" ] && exec "$one"; done
+tools=/run/sandyard/tools; libraries=$tools/usr/lib/x86_64-linux-gnu
+one=$tools/usr/lib/openssh/sftp-server
+[ -x "$one" ] && exec "$libraries/ld-linux-x86-64.so.2" --library-path "$libraries" "$one"
 echo "sandyard: there is no sftp-server in the sandbox; install openssh-sftp-server" >&2
 exit 127"""
 _GROUPED = ("ABRT", "ALRM", "FPE", "HUP", "ILL", "INT", "KILL", "PIPE", "QUIT", "SEGV", "TERM",

@@ -7,9 +7,12 @@ from pathlib import Path
 from sandyard.server.core.contracts.node import NodeVersions
 from sandyard.server.service.builds.building import Building, BuildLimits
 from sandyard.server.service.builds.builds import Builds
+from sandyard.server.service.builds.cache import BuildCache
+from sandyard.server.service.builds.credentials import RegistryCredentials
 from sandyard.server.service.builds.uploads import Uploads
 from sandyard.server.service.sandboxes.build import SandboxServices
 from sandyard.server.service.sandboxes.platform import Platform
+from sandyard.server.service.signers import Signers
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class TemplateServices:
 
     builds: Builds
     uploads: Uploads
+    credentials: RegistryCredentials
     building: Building
 
 
@@ -31,14 +35,19 @@ def build_templates(
     limits: BuildLimits,
 ) -> TemplateServices:
     """Return the services. Uploads are kept in `uploads_dir`."""
-    uploads = Uploads(platform, uploads_dir, size_max=upload_max)
+    signers = Signers(platform.store, platform.clock)
+    uploads = Uploads(platform, signers, uploads_dir, size_max=upload_max)
+    credentials = RegistryCredentials(platform)
     return TemplateServices(
-        builds=Builds(platform, platform.templates, uploads),
+        builds=Builds(platform, platform.templates, uploads, credentials),
         uploads=uploads,
+        credentials=credentials,
         building=Building(
             platform,
             templates=platform.templates,
             uploads=uploads,
+            credentials=credentials,
+            cache=BuildCache(sandboxes.snapshots, platform.clock, size_max=limits.cache_bytes),
             creation=sandboxes.creation,
             sandboxes=sandboxes.sandboxes,
             processes=sandboxes.processes,

@@ -11,17 +11,21 @@ A build is leased. One whose server ended is begun again, and what it had is rem
 import asyncio
 import json
 import logging
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import textwrap
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
+from hashlib import sha256
+from itertools import takewhile
 from typing import Final, TypeVar
 
 from sandyard.server.core import ops
 from sandyard.server.core.contracts.node import NodeVersions, VersionFact, version_name
 from sandyard.server.core.contracts.store import Transaction, Turn
 from sandyard.server.core.errors import (
+    AlreadyExistsError,
     ConflictError,
     InternalError,
     InvalidArgumentError,
@@ -44,14 +48,20 @@ from sandyard.server.core.wire import printable
 from sandyard.server.service.builds import recipes
 from sandyard.server.service.builds.builds import (
     BUILDER,
+    WAITS,
     WORK,
     actor_of,
     read,
     topic_of,
 )
+from sandyard.server.service.builds.cache import BuildCache, Hit, digest_of, step_names
 from sandyard.server.service.builds.config import CONFIG_MAX, ImageConfig, os_of, read_config
+from sandyard.server.service.builds.copies import COPY, Copies
+from sandyard.server.service.builds.credentials import RegistryCredentials
+from sandyard.server.service.builds.output import LINE_MAX, Lines, Masks
 from sandyard.server.service.builds.plan import NewTemplate
-from sandyard.server.service.builds.uploads import Uploads
+from sandyard.server.service.builds.steps import Setting, Work, work_of
+from sandyard.server.service.builds.uploads import KEPT, Uploads
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation, NewSandbox
 from sandyard.server.service.sandboxes.files import Files
@@ -71,24 +81,29 @@ _TIDY_S: Final = 60.0
 _START_S: Final = 300.0
 _FLUSH_S: Final = 0.5
 _AGAIN_S: Final = 3.0
+_LOOK_AGAIN_S: Final = 0.2
+_GOING_S: Final = 120.0
+_WORTH_KEEPING_S: Final = 3.0
 _PATIENCE_S: Final = 300.0
 _ENDINGS: Final = 100
 _GRACE: Final = timedelta(seconds=30)
-_LINE_MAX: Final = 2000
 _OS_MAX: Final = 4096
-_ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")
+_TOLD_MAX: Final = 120
+_LOGIN_MAX: Final = 256 * 1024
 _USE = Use("template.step", "", "run a step of a build in", is_in_feed=False)
 
 
 @dataclass(frozen=True)
 class BuildLimits:
     """The limits of builds: how many at once on this server, their duration, the size of their
-    logs and of their root file systems, and the shape of the machine that unpacks."""
+    logs, of their root file systems and of what they keep for later ones, and the shape of the
+    machine that unpacks."""
 
     at_once: int
     limit_s: float
     log_bytes: int
     size_max: int
+    cache_bytes: int
     builder: Shape
 
 
@@ -101,6 +116,8 @@ class Building:
         *,
         templates: Templates,
         uploads: Uploads,
+        credentials: RegistryCredentials,
+        cache: BuildCache,
         creation: Creation,
         sandboxes: Sandboxes,
         processes: Processes,
@@ -116,12 +133,15 @@ class Building:
         self._roster = platform.nodes
         self.templates = templates
         self.uploads = uploads
+        self.credentials = credentials
+        self.cache = cache
         self.creation = creation
         self.sandboxes = sandboxes
         self.processes = processes
         self.files = files
         self._nodes = nodes
         self.limits = limits
+        self._copies = Copies(platform, nodes)
         self._at_work = 0
 
     def node_of(self, sandbox: Sandbox) -> NodeVersions:
@@ -143,6 +163,7 @@ class Building:
         """Work forever."""
         async with Crew() as crew:
             crew.start(self._tidy(), "deleted templates are no longer removed")
+            crew.start(self._copies.run(), "templates are no longer copied between nodes")
             with self.bus.subscribe(WORK) as hints:
                 while True:
                     try:
@@ -179,12 +200,30 @@ class Building:
             while True:
                 try:
                     await self.uploads.tidy()
+                    await self._give_up()
                     await self._remove_bytes()
                 except SandyardError as error:
                     log.warning("cannot remove deleted templates: %s; retrying", error.message)
                 except Exception:  # the next look may succeed
                     log.exception("cannot remove deleted templates; retrying")
                 await hints.wait(_TIDY_S)
+
+    async def _give_up(self) -> None:
+        """End builds whose upload is on a server that has not come back: it is gone by now."""
+        now = self.clock.now()
+        async with self.store.write(Turn.SHARED) as tx:
+            given_up = await tx.builds.give_up(
+                before=now - KEPT,
+                at=now,
+                error="the server that has its upload did not return within a day; build it again",
+            )
+            await tx.builds.expire(
+                before=now - WAITS,
+                at=now,
+                error="it was announced, and not started within two hours",
+            )
+        for build in given_up:
+            await self.drop_stages(build, but=await self.names_of(build))
 
     async def _remove_bytes(self) -> None:
         async with self.store.read() as tx:
@@ -240,6 +279,41 @@ class Building:
         return is_gone
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One of the things that a build does in a machine: what the log says, all that its result
+    depends on, the work, and what the log calls it."""
+
+    told: str
+    key: object
+    take: Callable[[Sandbox], Awaitable[None]]
+    phase: str = "steps"
+    is_forced: bool = False
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A version that a node keeps, and its source."""
+
+    fact: VersionFact
+    node_id: str
+    about: VersionAbout
+    source: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What steps begin with: the settings, the source, and what identifies the root file system.
+    `base` is the template to start a machine of, and `made` is that as a version; both are None if
+    only a machine that was kept has it."""
+
+    config: ImageConfig
+    source: Mapping[str, object]
+    origin: Sequence[object]
+    base: str | None = None
+    made: _Made | None = None
+
+
 class _Cancelled(Exception):  # noqa: N818 - no error
     """The build was cancelled."""
 
@@ -255,6 +329,8 @@ class _Job:
         self._lines: list[BuildLine] = []
         self._log_left = house.limits.log_bytes
         self._flushing = asyncio.Lock()
+        self._masks = Masks()
+        self._keeps_cache = self._reads_cache = False
 
     async def run(self) -> None:
         """Carry it out, whatever happens, up to its end in the store."""
@@ -304,123 +380,289 @@ class _Job:
         else:
             await self._say("the build starts again: its server ended")
         wish, shape = read(build.plan)
-        config, base = ImageConfig(), wish.base
-        source: Mapping[str, object] = {"base": base}
+        self._network = wish.network
+        self._masks = Masks(wish.secrets.values())
+        self._tags = {*wish.tags, LATEST}
+        self._keeps_cache = wish.is_cached and house.cache.is_on
+        self._reads_cache = self._keeps_cache and not wish.force
         about = VersionAbout(wish.slug, "Linux", "headless", shape, build_id=build.id)
-        fact, node_id = None, ""
-        if base is None:
-            config, source = await self._stage(wish, about)
-            fact, node_id, about = self._kept
-            base = fact.name
-        else:
-            known = await house.templates.about(build.org_id, base)
-            if known is not None:
-                config = ImageConfig(known.env, known.user, known.workdir, check=known.ready)
-        if wish.base is not None or wish.has_steps:
-            await self._steps(wish, Chosen(base, shape), config, about)
-            fact, node_id, about = self._kept
-        assert fact is not None
+        if wish.stands_for is not None:
+            await self._say(f"using the template {wish.base} for the image {wish.stands_for}")
+        try:
+            made = await self._make(wish, about)
+        except _StaleCacheError as error:
+            await self._say(f"building without the cache, which cannot be used: {error}")
+            self._reads_cache = False
+            await self._clean_up()
+            made = await self._make(wish, about)
         await self._phase("start")
         await self._say("saving a machine that is ready to be cloned")
-        node, name = house.node(node_id), fact.name
+        node, name = house.node(made.node_id), made.fact.name
         if node is None:
-            raise UnavailableError(f"cannot reach the node {node_id}: it is not known here")
+            raise UnavailableError(f"cannot reach the node {made.node_id}: it is not known here")
         await self._patiently(lambda: node.prepare_version(name))
-        await self._publish(fact, about, source)
+        await self._publish(made)
+
+    async def _make(self, wish: NewTemplate, about: VersionAbout) -> "_Made":
+        """Build the root file system, and have a node keep it."""
+        house, org_id = self._house, self._build.org_id
+        if wish.base is None:
+            begun = await self._stage(wish, about)
+        else:
+            known = await house.templates.about(org_id, wish.base)
+            config = ImageConfig()
+            if known is not None:
+                config = ImageConfig(known.env, known.user, known.workdir, check=known.ready)
+            shipped = {one.slug: one.digest for one in await house.templates.shipped.known()}
+            origin = [wish.base, shipped.get(wish.base)]
+            begun = _Begun(config, {"base": wish.base}, origin, base=wish.base)
+        if wish.base is None and not wish.has_steps:
+            assert begun.made is not None
+            return begun.made
+        return await self._take_steps(wish, begun, about)
 
     # --- the source -----------------------------------------------------------------------
 
-    async def _stage(
-        self, wish: NewTemplate, about: VersionAbout
-    ) -> tuple[ImageConfig, dict[str, object]]:
-        """Unpack an image or build a Dockerfile, and keep the result as a version."""
+    async def _stage(self, wish: NewTemplate, about: VersionAbout) -> "_Begun":
+        """Unpack an image or build a Dockerfile, and have the result kept as a version; or only
+        look the image up if a machine is kept that had it and steps after it."""
         house = self._house
         chosen = Chosen(BUILDER, house.limits.builder)
-        async with self._sandbox(chosen, chosen.defaults) as box:
+        layers = None
+        if wish.dockerfile is not None and self._reads_cache:
+            layers = await house.cache.find_layers(self._actor, wish.slug)
+        async with self._sandbox(chosen, chosen.defaults, kept=layers) as box:
             await self._shell(box, recipes.PREPARE)
             if (upload := wish.upload or wish.context) is not None:
                 await self._say("copying the upload")
                 await self._write(box, recipes.UPLOAD, house.uploads.read(upload))
+            registry: dict[str, str] = {}
+            if wish.credentials is not None:
+                data = await house.credentials.auth_file(self._build.org_id, wish.credentials)
+                await self._write(box, recipes.AUTH_FILE, _once(data), mode=0o600)
+                registry = {"REGISTRY_AUTH_FILE": recipes.AUTH_FILE}
             source: dict[str, object] = {}
+            origin: list[object] = []
             if wish.image is not None:
                 await self._phase("pull")
-                await self._shell(box, recipes.FETCH_IMAGE, {"IMAGE": _pinned(wish.image)})
+                env = registry | {"IMAGE": _pinned(wish.image)}
+                await self._shell(box, recipes.FIND_IMAGE, env)
                 said = await self._read(box, f"{recipes.FOLDER}/digest", 200)
                 digest = printable(said.decode(errors="replace").strip())
                 source = {"image": wish.image, "digest": digest}
+                config = await self._config_in(box)
+                origin = ["image", digest]
+                begun = _Begun(config, source, origin)
+                if await self._step_kept(wish, begun) is not None:
+                    return begun
+                await self._shell(box, recipes.PULL_IMAGE, registry)
             elif wish.dockerfile is not None:
-                await self._phase("build")
-                text = wish.dockerfile.encode()
-                await self._write(box, recipes.DOCKERFILE, _once(text))
-                await self._shell(box, recipes.BUILD)
+                await self._build_dockerfile(box, wish, registry)
                 source = {"dockerfile": True}
+                built = await self._read(box, f"{recipes.FOLDER}/image-id", 200)
+                origin = ["dockerfile", built.decode(errors="replace")]
             else:
                 await self._phase("unpack")
                 await self._shell(box, recipes.FETCH_UPLOAD)
                 source = {"upload": wish.upload}
+                known = await house.uploads.find(self._actor, str(wish.upload), field="upload")
+                origin = ["upload", known.digest]
             if wish.dockerfile is None:
                 await self._phase("unpack")
                 await self._shell(box, recipes.UNPACK)
-            config = read_config(await self._read(box, recipes.CONFIG, CONFIG_MAX))
+            config = await self._config_in(box)
             for one in config.ignored:
                 await self._say(f"not used: {one}")
-            await self._pack(box, recipes.PACK_TREE, wish, config, about)
-        return config, source
+            begun = _Begun(config, source, origin)
+            made = await self._pack(box, wish, begun, about)
+            if wish.dockerfile is not None:
+                await self._keep_layers(box)
+        return replace(begun, base=made.fact.name, made=made)
+
+    async def _build_dockerfile(
+        self, box: Sandbox, wish: NewTemplate, registry: Mapping[str, str]
+    ) -> None:
+        await self._phase("build")
+        assert wish.dockerfile is not None
+        await self._write(box, recipes.DOCKERFILE, _once(wish.dockerfile.encode()))
+        await self._write_secrets(box, wish)
+        try:
+            await self._shell(box, recipes.BUILD, {**registry, "FORCE": "1" if wish.force else ""})
+        except ConflictError:  # of an instruction; those before it need not be repeated
+            await self._keep_layers(box)
+            raise
+
+    async def _config_in(self, box: Sandbox) -> ImageConfig:
+        return read_config(await self._read(box, recipes.CONFIG, CONFIG_MAX))
 
     # --- the steps ------------------------------------------------------------------------
 
-    async def _steps(
-        self, wish: NewTemplate, base: Chosen, config: ImageConfig, about: VersionAbout
-    ) -> None:
-        """Run the steps in a sandbox, and keep its root file system as a version."""
-        async with self._sandbox(base, base.defaults) as box:
+    def _tasks_of(
+        self, wish: NewTemplate, config: ImageConfig, login: Mapping[str, str]
+    ) -> "list[_Task]":
+        """Return what is to be done, in order. What `login` has changes no key."""
+        env = {**config.env, **wish.env}
+        tasks: list[_Task] = []
+        if wish.files:
+
+            async def write_files(box: Sandbox) -> None:
+                for one in wish.files:
+                    await self._write(box, one.path, _once(one.data), mode=one.mode)
+
+            told = f"writing {', '.join(one.path for one in wish.files)}"
+            digests = [[one.path, one.mode, sha256(one.data).hexdigest()] for one in wish.files]
+            tasks.append(_Task(told, ["files", digests], write_files))
+        for kind in ("apt", "pip", "npm"):
+            if names := getattr(wish, kind):
+                told = f"installing with {kind}: {' '.join(names)}"
+                run = partial(self._shell, command=recipes.install(kind, names), env=env)
+                tasks.append(_Task(told, [kind, names, env], run))
+        cwd = wish.workdir or config.workdir or "/"
+        for command in wish.run:
+            run = partial(self._shell, command=command, env=env, cwd=cwd)
+            tasks.append(_Task(f"running: {command}", ["run", command, env, cwd], run))
+        setting = _setting(wish, config, login)
+        seen: object = [dict(setting.env), setting.user, setting.workdir]
+        for step in wish.steps:
+            seen = digest_of([seen, step.kind, step.args, step.upload])
+            if (work := work_of(step, setting)) is not None:
+                take = partial(self._do, work=work)
+                tasks.append(_Task(work.told, ["step", seen], take, step.phase, step.force))
+            setting = setting.after(step)
+        return tasks
+
+    async def _do(self, box: Sandbox, *, work: Work) -> None:
+        if work.upload is not None:
+            await self._write(box, recipes.ARCHIVE, self._house.uploads.read(work.upload))
+        await self._shell(box, work.command, work.env, cwd=work.cwd, user=work.user)
+
+    async def _login_of(self, box: Sandbox, wish: NewTemplate) -> Mapping[str, str]:
+        """Return the variables that the steps can refer to and that no step has set."""
+        if not any("$" in arg for one in wish.steps for arg in one.args):
+            return {}
+        await self._shell(box, recipes.TELL_LOGIN)
+        told = await self._read(box, recipes.LOGIN_FILE, _LOGIN_MAX)
+        pairs = (one.partition("=") for one in told.decode(errors="replace").split("\0"))
+        return {name: value for name, _, value in pairs if name}
+
+    def _names_of(self, tasks: "Sequence[_Task]", begun: "_Begun") -> list[str]:
+        """Return the names of the machines after each task, if they are kept."""
+        _, shape = read(self._build.plan)
+        origin = [*begun.origin, asdict(shape)]
+        return step_names(self._actor, origin, [one.key for one in tasks])
+
+    async def _step_kept(self, wish: NewTemplate, begun: "_Begun") -> Hit | None:
+        """Return the machine of an earlier build that has the most of the tasks done."""
+        if not self._reads_cache:
+            return None
+        tasks = self._tasks_of(wish, begun.config, {})
+        reusable = [*takewhile(lambda one: not one.is_forced, tasks)]
+        return await self._house.cache.find_step(self._actor, self._names_of(reusable, begun))
+
+    async def _take_steps(self, wish: NewTemplate, begun: "_Begun", about: VersionAbout) -> "_Made":
+        """Run the steps in a sandbox, and have its root file system kept as a version."""
+        kept = await self._step_kept(wish, begun)
+        if kept is None and begun.base is None:
+            raise _StaleCacheError("it was deleted")
+        chosen = Chosen(begun.base or "", about.defaults)
+        async with self._sandbox(chosen, about.defaults, kept=kept) as box:
             await self._phase("steps")
             try:
                 await self._shell(box, recipes.CHECK_TOOLS)
             except ConflictError as error:
-                slug = base.name.partition("@")[0]
+                if kept is not None:
+                    raise _StaleCacheError("its tools are of an earlier version") from error
+                slug = chosen.name.partition("@")[0]
                 raise ConflictError(
                     f"the template {slug} was built by an earlier version of Sandyard; an operator "
                     f"runs `sandyard template build {slug}` on the host"
                 ) from error
-            env = {**config.env, **wish.env}
-            for one in wish.files:
-                await self._say(f"writing {one.path}")
-                write = ops.Write(one.path.encode(), parents=True, mode=one.mode)
-                await self._house.files.write(self._actor, box.id, write, _once(one.data))
-            for kind in ("apt", "pip", "npm"):
-                if names := getattr(wish, kind):
-                    await self._say(f"installing with {kind}: {' '.join(names)}")
-                    await self._shell(box, recipes.install(kind, names), env)
-            cwd = wish.workdir or config.workdir or "/"
-            for command in wish.run:
-                await self._say(f"running: {command}")
-                await self._shell(box, command, env, cwd=cwd)
-            await self._pack(box, recipes.PACK_SELF, wish, config, about)
+            await self._write_secrets(box, wish)
+            login = await self._login_of(box, wish)
+            tasks = self._tasks_of(wish, begun.config, login)
+            names = self._names_of(tasks, begun)
+            kept_at = self._house.clock.monotonic()
+            for number, task in enumerate(tasks):
+                if task.phase != self._build.phase:
+                    await self._phase(task.phase)
+                if kept is not None and number < kept.done:
+                    await self._say(f"cached: {task.told}")
+                    continue
+                await self._say(task.told)
+                try:
+                    await task.take(box)
+                except ConflictError as error:
+                    told = textwrap.shorten(task.told, _TOLD_MAX, placeholder="…")
+                    raise ConflictError(f"{told}: {error.text}") from error
+                now = self._house.clock.monotonic()
+                if now - kept_at > _WORTH_KEEPING_S or task is tasks[-1]:
+                    await self._keep_step(box, names[number])
+                    kept_at = self._house.clock.monotonic()
+            setting = _setting(wish, begun.config, login)
+            for step in wish.steps:
+                setting = setting.after(step)
+            return await self._pack(box, wish, begun, about, setting)
+
+    async def _write_secrets(self, box: Sandbox, wish: NewTemplate) -> None:
+        for name, value in wish.secrets.items():
+            path = f"{recipes.SECRETS}/{name}"
+            await self._write(box, path, _once(value.encode()), mode=0o400)
+
+    async def _keep_step(self, box: Sandbox, name: str) -> None:
+        if self._keeps_cache:
+            await self._for_later(lambda: self._house.cache.keep_step(self._actor, box.id, name))
+
+    async def _keep_layers(self, box: Sandbox) -> None:
+        if not self._keeps_cache:
+            return
+        build = self._build
+        cache = self._house.cache
+        try:
+            await self._shell(box, recipes.KEEP_LAYERS)
+        except SandyardError as error:
+            log.debug("cannot keep the image layers of a build: %s", error.message)
+            await self._for_later(lambda: cache.drop_layers(self._actor, build.slug))
+            return
+        await self._for_later(lambda: cache.keep_layers(self._actor, box.id, build.slug))
+
+    async def _for_later(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Keep a machine for later builds; a build succeeds without it."""
+        try:
+            await work()
+        except SandyardError as error:
+            self._keeps_cache = False
+            await self._say(f"not cached: {error.message}")
 
     async def _pack(
         self,
         box: Sandbox,
-        recipe: str,
         wish: NewTemplate,
-        config: ImageConfig,
+        begun: "_Begun",
         about: VersionAbout,
-    ) -> None:
-        house = self._house
-        await self._phase("pack")
-        user = wish.default_user or config.user.partition(":")[0]
-        workdir = wish.workdir or config.workdir
-        env = {**config.env, **wish.env}
+        setting: Setting | None = None,
+    ) -> "_Made":
+        """Have the root file system that was unpacked kept as a version; with a `setting`, in which
+        the steps have ended, that of the machine itself."""
+        house, config = self._house, begun.config
+        is_stage = setting is None and wish.has_steps
+        if not is_stage:
+            await self._phase("pack")
+        user, workdir = wish.default_user or config.user, wish.workdir or config.workdir
+        env: Mapping[str, str] = {**config.env, **wish.env}
+        if setting is not None and wish.steps:
+            env, user, workdir = setting.env, setting.user, setting.workdir
         command: dict[str, object] | None = None
-        if wish.start is not None:
+        if is_stage:
+            pass  # the steps are to find a machine in which nothing runs yet
+        elif wish.start is not None:
             command = {"shell": wish.start}
-        elif config.command:
+        elif config.command and not wish.is_bare:
             command = {"argv": list(config.command)}
         if command is not None:
             command |= {"env": env, "user": user, "workdir": workdir}
             data = json.dumps(command).encode()
             await self._write(box, recipes.COMMAND_FILE, _once(data))
-        keeps = "1" if recipe is recipes.PACK_SELF else ""
+        recipe, keeps = (recipes.PACK_TREE, "") if setting is None else (recipes.PACK_SELF, "1")
         await self._shell(box, recipe, {"WORKDIR": workdir, "KEEPS": keeps})
         release = await self._read(box, recipes.OS_FILE, _OS_MAX)
         about = replace(
@@ -429,7 +671,7 @@ class _Job:
             env=env,
             user=user,
             workdir=workdir,
-            ready=wish.ready or config.check,
+            ready=wish.ready or (None if wish.is_bare else config.check),
         )
         await self._say("keeping the root file system")
         fact = await house.node_of(box).keep_version(
@@ -442,54 +684,79 @@ class _Job:
         await house.look_at(box)
         await self._say(f"{fact.size_bytes / 2**20:.0f} MiB")
         await self._save(stages=(*self._build.stages, fact.name))
-        self._kept = (fact, box.node_id or "", about)
-
-    _kept: tuple[VersionFact, str, VersionAbout]
+        return _Made(fact, box.node_id or "", about, begun.source)
 
     # --- sandboxes ------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _sandbox(self, template: Chosen, shape: Shape) -> AsyncIterator[Sandbox]:
-        """Create a sandbox for the build, which is deleted after the block."""
+    async def _sandbox(
+        self, template: Chosen, shape: Shape, *, kept: Hit | None
+    ) -> AsyncIterator[Sandbox]:
+        """Create a sandbox for the build, or start one that an earlier build kept. It is deleted
+        after the block.
+
+        Raises:
+            _StaleCacheError: what was kept does not start.
+        """
         house = self._house
         await self._phase("start a machine")
-        sandbox = await self._created(
-            NewSandbox(
-                chosen=template,
-                name=_name_of(self._build),
-                idle_timeout=0,
-                vcpus=shape.vcpus,
-                memory=f"{shape.memory_mib}MB",
-                disk=f"{shape.disk_mib}MB",
-                ssh_keys=[],
-                auto_resume=False,
-                expires_in=int(house.limits.limit_s) + 600,
-                metadata={"templateBuild": self._build.id},
-                mounts=(),
-            )
+        wish = NewSandbox(
+            chosen=template,
+            name=_name_of(self._build),
+            idle_timeout=0,
+            vcpus=shape.vcpus,
+            memory=f"{shape.memory_mib}MB",
+            disk=f"{shape.disk_mib}MB",
+            snapshot=None if kept is None else kept.snapshot_id,
+            ssh_keys=[],
+            auto_resume=False,
+            expires_in=int(house.limits.limit_s) + 600,
+            metadata={"templateBuild": self._build.id},
+            mounts=(),
+            # Not by default that of a machine that an earlier build has kept.
+            network=self._network,
         )
+        try:
+            sandbox = await self._created(wish, patience_s=_PATIENCE_S if kept is None else 0)
+        except (InvalidArgumentError, ConflictError, UnavailableError) as error:
+            if kept is None:
+                raise
+            raise _StaleCacheError(error.message) from error
         try:
             await self._save(sandbox_id=sandbox.id)
             if sandbox.status is not Status.RUNNING:
                 reason = sandbox.reason.message if sandbox.reason else sandbox.status.value
+                if kept is not None:
+                    raise _StaleCacheError(reason)
                 raise InternalError(f"the machine of the build did not start: {reason}")
             yield sandbox
         finally:
             await to_the_end(self._delete(sandbox.id))
 
-    async def _created(self, wish: NewSandbox) -> Sandbox:
-        create = self._house.creation.create
-        return await self._patiently(lambda: create(self._actor, wish, wait_s=_START_S))
+    async def _created(self, wish: NewSandbox, *, patience_s: float) -> Sandbox:
+        async def create() -> Sandbox:
+            return await self._house.creation.create(self._actor, wish, wait_s=_START_S)
 
-    async def _patiently(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        until = self._house.clock.monotonic() + _GOING_S
+        while True:
+            try:
+                return await self._patiently(create, limit_s=patience_s)
+            except AlreadyExistsError:  # the one before has the name until it is gone
+                if self._house.clock.monotonic() > until:
+                    raise
+            await self._house.clock.sleep(_LOOK_AGAIN_S)
+
+    async def _patiently(
+        self, work: Callable[[], Awaitable[_T]], *, limit_s: float = _PATIENCE_S
+    ) -> _T:
         """Do what may be impossible for a while, such as for lack of capacity."""
-        clock, limit_s = self._house.clock, _PATIENCE_S
+        clock = self._house.clock
         until, told = clock.monotonic() + limit_s, ""
         while True:
             try:
                 return await work()
             except UnavailableError as error:
-                if clock.monotonic() > until:
+                if clock.monotonic() >= until:
                     raise
                 if error.message != told:
                     told = error.message
@@ -511,14 +778,15 @@ class _Job:
         env: Mapping[str, str] | None = None,
         *,
         cwd: str = "/",
+        user: str = "root",
     ) -> None:
-        """Run a command as root, and put its output into the log.
+        """Run a command, and put its output into the log.
 
         Raises:
             ConflictError: it failed, or the machine ended.
         """
-        wish = ops.Run(command=command, cwd=cwd, env=dict(env or {}), user="root")
-        text = _Lines()
+        wish = ops.Run(command=command, cwd=cwd, env=dict(env or {}), user=user)
+        text = Lines()
         async with self._house.processes.run(self._actor, box.id, wish, _USE) as following:
             async for event in following.events():
                 if isinstance(event, Output):
@@ -534,8 +802,10 @@ class _Job:
                 return
         raise UnavailableError("the machine of the build ended during a command")
 
-    async def _write(self, box: Sandbox, path: str, body: AsyncIterator[bytes]) -> None:
-        write = ops.Write(path.encode(), parents=True)
+    async def _write(
+        self, box: Sandbox, path: str, body: AsyncIterator[bytes], *, mode: int = 0o644
+    ) -> None:
+        write = ops.Write(path.encode(), parents=True, mode=mode)
         await self._house.files.write(self._actor, box.id, write, body)
 
     async def _read(self, box: Sandbox, path: str, most: int) -> bytes:
@@ -557,7 +827,7 @@ class _Job:
         """Add a line to the log; a large log is cut off."""
         if self._log_left <= 0:
             return
-        shown = text[:_LINE_MAX]
+        shown = self._masks.over(text)[:LINE_MAX]
         self._log_left -= len(shown) + 32
         if self._log_left <= 0:
             shown = "the log is cut off here: it is too long"
@@ -569,6 +839,10 @@ class _Job:
             await self._flush()
 
     async def _flush(self) -> None:
+        # Whole: lines that are written, and not known to be, would be written again.
+        await to_the_end(self._write_lines())
+
+    async def _write_lines(self) -> None:
         async with self._flushing:
             lines = list(self._lines)
             if not lines:
@@ -615,10 +889,9 @@ class _Job:
         if saved.is_cancelled:
             self._build = replace(self._build, is_cancelled=True)
 
-    async def _publish(
-        self, fact: VersionFact, about: VersionAbout, source: Mapping[str, object]
-    ) -> None:
+    async def _publish(self, made: "_Made") -> None:
         """Make the result a version, and the template's latest unless a later one is."""
+        fact = made.fact
         now = self._house.clock.now()
         # With the version, so that nothing published is built once more.
         stages = tuple(one for one in self._build.stages if one != fact.name)
@@ -630,8 +903,8 @@ class _Job:
             digest=fact.name.partition("@")[2],
             root=fact.root,
             size_bytes=fact.size_bytes,
-            about=about,
-            source=source,
+            about=made.about,
+            source=made.source,
             build_id=build.id,
             created_at=now,
         )
@@ -645,11 +918,12 @@ class _Job:
             if saved.is_cancelled:
                 raise _Cancelled
             await tx.versions.add(version)
-            latest = max(build.number, template.tags.get(LATEST, 0))
+            tags = {one: max(build.number, template.tags.get(one, 0)) for one in self._tags}
             await tx.templates.put(
-                replace(template, tags={**template.tags, LATEST: latest}, updated_at=now)
+                replace(template, tags={**template.tags, **tags}, updated_at=now)
             )
         self._build = build
+        self._house.bus.hint(COPY)
 
     async def _clean_up(self) -> None:
         """Remove what an earlier attempt left."""
@@ -673,8 +947,11 @@ class _Job:
             except Exception:  # the end is written whatever cannot be removed
                 log.exception("cannot remove all that a build left")
         self._build = replace(
-            self._build, status=status, error=error, ended_at=self._house.clock.now(), phase=""
-        )
+            self._build, status=status, error=self._masks.over(error) if error else None,
+            ended_at=self._house.clock.now(),
+            phase=self._build.phase if status is BuildStatus.FAILED else "",
+            plan={**self._build.plan, "secrets": {}},
+        )  # fmt: skip
         for _ in range(_ENDINGS):
             try:
                 async with self._house.store.write(Turn.SHARED) as tx:
@@ -706,32 +983,22 @@ class _Job:
                 await tx.builds.save(self._build, lease=self._lease, lasts=None)
 
 
+def _setting(wish: NewTemplate, config: ImageConfig, login: Mapping[str, str]) -> Setting:
+    """Return what the first step runs in."""
+    return Setting(
+        env={**config.env, **wish.env},
+        user=wish.default_user or config.user,
+        workdir=wish.workdir or config.workdir,
+        login=login,
+    )
+
+
+class _StaleCacheError(Exception):
+    """A machine that an earlier build kept cannot be used."""
+
+
 class _LostLeaseError(Exception):
     """Another server has the build."""
-
-
-class _Lines:
-    """Splits output into lines, without what would move a terminal's cursor."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[str]:
-        """Return the lines that are whole by now."""
-        *whole, self._rest = re.split(rb"[\r\n]+", self._rest + data)
-        if len(self._rest) > _LINE_MAX * 4:
-            whole.append(self._rest)
-            self._rest = b""
-        return [_shown(one) for one in whole if one]
-
-    def end(self) -> list[str]:
-        """Return what is left."""
-        left, self._rest = self._rest, b""
-        return [_shown(left)] if left else []
-
-
-def _shown(data: bytes) -> str:
-    return printable(_ESCAPES.sub("", data.decode(errors="replace")))
 
 
 def _name_of(build: Build) -> str:

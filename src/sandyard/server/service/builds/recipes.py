@@ -13,16 +13,24 @@ FOLDER: Final = "/var/lib/containers/build"
 UPLOAD: Final = f"{FOLDER}/upload"
 DOCKERFILE: Final = f"{FOLDER}/Dockerfile"
 CONFIG: Final = f"{FOLDER}/config.json"
+AUTH_FILE: Final = "/run/build/auth.json"
+"""Credentials for a registry: in memory, and never in what is packed."""
+SECRETS: Final = "/run/secrets"
+"""The folder of the build's secrets: in memory, too."""
 ROOT_FILE: Final = "/run/sandyard/disk/root.erofs"
 OS_FILE: Final = "/run/sandyard/disk/os-release"
 COMMAND_FILE: Final = "/run/sandyard/disk/command.json"
+_COPY_FOLDER: Final = "/run/sandyard/disk/copy"
+LOGIN_FILE: Final = "/run/sandyard/disk/login"
+ARCHIVE: Final = f"{_COPY_FOLDER}/archive"
+"""Where the archive of a COPY is put."""
 _BUSYBOX: Final = "/run/sandyard/tools/usr/bin/busybox"
 
 PREPARE: Final = f"set -eu\nmkdir -p {FOLDER}\n"
 
 # First to a layout on the disk: skopeo verifies all digests, and what unpacks does not. A tag may
 # move meanwhile, so everything after the first look is by digest.
-FETCH_IMAGE: Final = f"""
+FIND_IMAGE: Final = f"""
 set -eu
 cd {FOLDER}
 export TMPDIR={FOLDER}
@@ -34,8 +42,16 @@ case $IMAGE in
 *) name=${{IMAGE##*/}}; from=docker://${{IMAGE%"$name"}}${{name%%:*}}@$(cat digest) ;;
 esac
 skopeo $amd64 inspect --retry-times 5 --config --raw "$from" >config.json
-skopeo $amd64 copy --insecure-policy --retry-times 5 "$from" oci:image:latest
+echo "$from" >from
 echo "digest: $(cat digest)"
+"""
+
+PULL_IMAGE: Final = f"""
+set -eu
+cd {FOLDER}
+export TMPDIR={FOLDER}
+skopeo --override-os linux --override-arch amd64 copy --insecure-policy --retry-times 5 \\
+    "$(cat from)" oci:image:latest
 """
 
 FETCH_UPLOAD: Final = f"""
@@ -68,13 +84,32 @@ if [ -e {UPLOAD} ]; then
     tar -C context -xf {UPLOAD}
     rm {UPLOAD}
 fi
+set --
+for one in {SECRETS}/*; do
+    [ ! -f "$one" ] || set -- "$@" --secret "id=${{one##*/}},src=$one"
+done
+if [ -n "$FORCE" ]; then set -- "$@" --no-cache --pull-always; fi
 hard() {{ ulimit -H "$1"; }}
 buildah --storage-driver overlay bud --format docker --layers --isolation chroot --network host \\
     --ulimit "nofile=$(hard -n):$(hard -n)" --ulimit "nproc=$(hard -u):$(hard -u)" \\
-    --file Dockerfile --tag build context
+    "$@" --iidfile image-id --file Dockerfile --tag build context
 buildah --storage-driver overlay inspect --type image build >config.json
 container=$(buildah --storage-driver overlay from --pull=never localhost/build)
 ln -s "$(buildah --storage-driver overlay mount "$container")" tree
+"""
+
+# What is left are the layers of images. They are kept with the machine, so nothing else should be.
+KEEP_LAYERS: Final = f"""
+set -eu
+buildah --storage-driver overlay rm --all >/dev/null
+rm -rf {FOLDER} {ROOT_FILE} {OS_FILE} {COMMAND_FILE}
+set -- $(df -P /var/lib/containers | tail -n 1)
+if [ "${{5%%%}}" -gt 50 ]; then
+    echo "half of the disk is used; the next build begins without these layers"
+    exit 1
+fi
+sync
+echo 3 >/proc/sys/vm/drop_caches
 """
 
 # What every machine has is added, and what belongs to this one is removed. It happens inside the
@@ -88,8 +123,11 @@ done
 for one in proc sys dev run tmp etc root workspace usr/lib/sandyard; do
     [ -d "/$one" ] || $b mkdir -p "/$one"
 done
-if [ -n "$WORKDIR" ]; then $b mkdir -p "$WORKDIR"; fi
+case $WORKDIR in /*) $b mkdir -p "$WORKDIR" ;; esac
 $b chmod 1777 /tmp
+# Programs that look up their own user fail without an entry.
+[ -e /etc/passwd ] || $b printf 'root:x:0:0:root:/root:/bin/sh\\n' >/etc/passwd
+[ -e /etc/group ] || $b printf 'root:x:0:\\n' >/etc/group
 $b rm -rf /etc/resolv.conf /etc/machine-id /etc/hostname /etc/inittab
 # That of a base is its own, and goes on unless there is another; an image's would be a forged one.
 [ "$KEEPS" = 1 ] || $b rm -rf /usr/lib/sandyard/command.json
@@ -130,6 +168,89 @@ set -- /run/sandyard/pack
 
 
 CHECK_TOOLS: Final = "[ -x /run/sandyard/tools/usr/bin/mkfs.erofs ]"
+
+
+TELL_LOGIN: Final = f"{_BUSYBOX} env -0 >{LOGIN_FILE}"
+
+# The busybox of the tools disk is used because an image may lack these commands.
+_FOLDERS = f"""
+set -eu
+b={_BUSYBOX}
+case $TARGET in
+"~" | "~/"*)
+    home=$($b awk -F: -v "who=${{WHO%%:*}}" '$1 == who || $3 == who {{ print $6; exit }}' \\
+        /etc/passwd)
+    TARGET=${{home:-/}}${{TARGET#"~"}}
+    ;;
+esac
+make() {{  # a folder, and what lacks above it, as $OWNER's
+    [ ! -d "$1" ] || return 0
+    new=$1
+    while up=$($b dirname "$new"); [ ! -d "$up" ]; do new=$up; done
+    $b mkdir -p "$1"
+    $b chown -R "$OWNER" "$new"
+}}
+"""
+
+MAKE_WORKDIR: Final = f'{_FOLDERS}\nmake "$TARGET"\n'
+
+ADD_USER: Final = f"""
+set -eu
+b={_BUSYBOX}
+name=${{NAME%%:*}}
+case $name in *[!0-9]*) ;; *) exit 0 ;; esac  # a number needs no entry
+found=$($b awk -F: -v "who=$name" '$1 == who {{ print 1; exit }}' /etc/passwd)
+if [ -z "$found" ]; then
+    shell=/bin/sh
+    [ ! -x /bin/bash ] || shell=/bin/bash
+    if command -v useradd >/dev/null; then
+        useradd --create-home --shell "$shell" -- "$name"
+    elif command -v adduser >/dev/null; then
+        adduser -D -s "$shell" "$name"
+    else
+        $b adduser -D -s "$shell" "$name"
+    fi
+fi
+if [ "$SUDO" = true ] && [ -d /etc/sudoers.d ]; then
+    file=/etc/sudoers.d/90-$(echo "$name" | $b tr . _)  # sudo ignores names with a dot
+    echo "$name ALL=(ALL:ALL) NOPASSWD: ALL" >"$file"
+    $b chmod 440 "$file"
+fi
+"""
+
+# As with COPY in a Dockerfile: of a folder the contents, into what is there.
+COPY: Final = f"""
+{_FOLDERS}
+cd {_COPY_FOLDER}
+tar=tar
+command -v tar >/dev/null || tar="$b tar"
+$b rm -rf tree
+$b mkdir tree
+$tar -C tree -xf archive
+$b rm archive
+from=tree/$SOURCE
+if [ ! -e "$from" ] && [ ! -L "$from" ]; then
+    echo "there is no $SOURCE in what was uploaded"
+    exit 1
+fi
+$b chown -R -h "$OWNER" "$from"
+if [ -n "$MODE" ] && [ ! -L "$from" ]; then $b chmod -R "$MODE" "$from"; fi
+if [ -d "$from" ] && [ ! -L "$from" ]; then
+    make "$TARGET"
+    # A file takes the place of a link to one; a link to a folder is followed.
+    if $tar --version 2>/dev/null | grep -q GNU; then
+        $tar -C "$from" -cf - . | \
+            $tar -C "$TARGET" --keep-directory-symlink --no-overwrite-dir -xpf -
+    else
+        $b cp -a "$from/." "$TARGET"
+    fi
+else
+    case $TARGET in */) make "$TARGET" ;; *) make "$($b dirname "$TARGET")" ;; esac
+    $b mv -f "$from" "$TARGET"
+fi
+cd /
+$b rm -rf {_COPY_FOLDER}
+"""
 
 
 def install(kind: str, names: Sequence[str]) -> str:

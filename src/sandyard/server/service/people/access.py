@@ -13,7 +13,7 @@ from sandyard.server.core.errors import (
     TokenExpiredError,
     UnauthenticatedError,
 )
-from sandyard.server.core.ids import digest_of_key, generation_of
+from sandyard.server.core.ids import E2B_KEY, digest_of_key, generation_of
 from sandyard.server.core.records import ApiKey
 from sandyard.server.service.actor import Actor
 
@@ -62,7 +62,7 @@ class Access:
             raise no_credential()
         if len(token) > _TOKEN_MAX or not token.isascii():
             raise _unknown_kind()
-        if token.startswith("rt_"):
+        if token.startswith(("rt_", E2B_KEY)):
             return await self._by_key(token)
         if token.startswith("eyJ"):
             if self._sign_in is None:
@@ -116,6 +116,6 @@ class Access:
 
 def _unknown_kind() -> InvalidTokenError:
     return InvalidTokenError(
-        "cannot accept the credential: it is neither an API key (rt_live_… or rt_test_…) nor a "
-        "session token (eyJ…)"
+        "cannot accept the credential: it is neither an API key (rt_live_…, rt_test_… or e2b_…) "
+        "nor a session token (eyJ…)"
     )

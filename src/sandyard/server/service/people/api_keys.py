@@ -15,6 +15,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import (
     API_KEY_PREFIX_LENGTH,
+    E2B_KEY,
     digest_of_key,
     is_uuid,
     new_api_key,
@@ -48,8 +49,10 @@ class ApiKeys:
         expires_in: str | None = None,
         is_test: bool = False,
         project_id: str | None = None,
+        is_for_e2b: bool = False,
     ) -> tuple[ApiKey, str]:
-        """Create a key for the actor and return it with its secret, which is not stored.
+        """Create a key for the actor and return it with its secret, which is not stored. One that
+        `is_for_e2b` has a form that clients of the E2B API accept.
 
         Raises:
             InvalidArgumentError: a value is invalid; `facts` name the field.
@@ -58,7 +61,7 @@ class ApiKeys:
         """
         actor.require("org:write")
         now = self._clock.now()
-        secret = new_api_key(is_test=is_test or actor.is_test)
+        secret = new_api_key(is_test=is_test or actor.is_test, is_for_e2b=is_for_e2b)
         until = _expiry(expires_in, now)
         async with self._store.write(actor.org_id) as tx:
             actor = await self._as_now(tx, actor)
@@ -174,7 +177,7 @@ class ApiKeys:
             _check_scopes(actor, key.scopes)
             _check_kind(actor, key)
             key = replace(key, expires_at=await self._no_longer_than(tx, actor, key.expires_at))
-            secret = new_api_key(is_test=key.is_test)
+            secret = new_api_key(is_test=key.is_test, is_for_e2b=key.prefix.startswith(E2B_KEY))
             key = replace(key, prefix=secret[:API_KEY_PREFIX_LENGTH], digest=digest_of_key(secret))
             await tx.keys.replace(key)
             await self._note(tx, actor, key, "api_key.rotated", "API key rotated")

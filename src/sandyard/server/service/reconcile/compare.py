@@ -23,8 +23,17 @@ from sandyard.server.core.contracts.node import (
     Phase,
 )
 from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.egress import digest_of
 from sandyard.server.core.errors import SandyardError, UnavailableError
-from sandyard.server.core.records import Claim, Mark, Reason, Sandbox, Snapshot, Standing
+from sandyard.server.core.records import (
+    NEXT_START,
+    Claim,
+    Mark,
+    Reason,
+    Sandbox,
+    Snapshot,
+    Standing,
+)
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
 from sandyard.server.service.reconcile.quarantine import Quarantine
@@ -117,6 +126,7 @@ class Comparison:
         self._node = node
         self._store = platform.store
         self._nodes = platform.nodes
+        self._networks = platform.networks
         self._lifecycle = platform.lifecycle
         self._worker = worker
         self._idleness = idleness
@@ -131,6 +141,7 @@ class Comparison:
         self._unwanted: dict[str, int] = {}
         self._removing = 0
         self._vanished: set[str] = set()
+        self._lacks_rules = False
         self._reboots: dict[str, list[datetime]] = {}
         self._unwanted_snapshots: set[str] = set()
         self._unknown: dict[str, set[str]] = {}
@@ -213,6 +224,7 @@ class Comparison:
             or not self._quarantine.is_settled
             or report.is_short_of_memory
             or any(one.status is Status.SUSPECTED_MISSING for one in rows)
+            or self._lacks_rules
             or any(one.is_hidden or not one.is_ready for one in snapshots)
         ):
             return None
@@ -301,6 +313,7 @@ class Comparison:
         """Repair differences, and return the snapshots that the store places on the node."""
         facts = {fact.sandbox_id: fact for fact in report.machines}
         vanished: set[str] = set()
+        self._lacks_rules = False
         awake: dict[str, tuple[int, int]] = {}
         for sandbox in rows:
             fact = facts.get(sandbox.id)
@@ -310,7 +323,10 @@ class Comparison:
             elif sandbox.status in (Status.RUNNING, Status.SUSPECTED_MISSING):
                 await self._judge(sandbox, fact)
                 if is_to_be_paused(sandbox, self._clock.now()):
-                    await self._apply(sandbox, Event.PAUSE, reason=_PAUSED_AT_END)
+                    boots = 0 if sandbox.keeps_memory else NEXT_START
+                    await self._apply(
+                        sandbox, Event.PAUSE, reason=_PAUSED_AT_END, from_disk_incarnation=boots
+                    )
                 elif self._idleness.is_due(sandbox, fact):
                     self._beside(sandbox.id, self._pause_if_idle(sandbox))
             elif sandbox.status is Status.PAUSED and fact is not None and fact.phase is Phase.DEAD:
@@ -344,6 +360,10 @@ class Comparison:
 
     async def _judge(self, sandbox: Standing, fact: MachineFact | None) -> None:
         is_suspected = sandbox.status is Status.SUSPECTED_MISSING
+        # Its agent has no part in its network rules, and may be silent.
+        if fact is not None and _lacks_rules(sandbox, fact):
+            self._lacks_rules = True
+            self._beside(sandbox.id, self._enforce(sandbox))
         if fact is None or fact.incarnation != sandbox.incarnation:
             await self._broke(sandbox, LOST)
         elif fact.phase is Phase.DEAD and fact.reason_code == REBOOTED:
@@ -366,6 +386,16 @@ class Comparison:
             passes = sandbox.reason is not None and sandbox.reason.code in _PASSING
             if reason_now != sandbox.reason and (reason_now is not None or passes):
                 await self._note(sandbox, reason_now)
+
+    async def _enforce(self, sandbox: Standing) -> None:
+        """Have network rules enforced that could not be when they were changed."""
+        await self._node.ensure_network(
+            sandbox.id,
+            incarnation=sandbox.incarnation,
+            policy=sandbox.network.bare,
+            credentials=await self._networks.credentials_of(sandbox.org_id, sandbox.network),
+            version=sandbox.version,
+        )
 
     async def _restart(self, sandbox: Standing) -> None:
         """Boot a sandbox again that was rebooted from inside. This is not an error."""
@@ -583,6 +613,12 @@ class Comparison:
 
     def _named(self, what: str) -> str:
         return f"{self._node.node_id} {what}"
+
+
+def _lacks_rules(sandbox: Standing, fact: MachineFact) -> bool:
+    """Tell whether other network rules are enforced in a running machine than its row has."""
+    is_there = fact.phase is Phase.RUNNING and fact.incarnation == sandbox.incarnation
+    return is_there and fact.rules != digest_of(sandbox.network, sandbox.network.stamp)
 
 
 def _reason_of(fact: MachineFact) -> Reason:

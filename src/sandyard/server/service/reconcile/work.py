@@ -13,6 +13,7 @@ from sandyard.server.core.contracts.node import (
     Origin,
     Phase,
 )
+from sandyard.server.core.egress import digest_of
 from sandyard.server.core.errors import (
     AgentError,
     AgentSilentError,
@@ -28,7 +29,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import hostname_of
-from sandyard.server.core.records import Claim, Reason, Sandbox
+from sandyard.server.core.records import NEXT_START, Claim, Reason, Sandbox
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.nodes import believed_bytes
 from sandyard.server.service.sandboxes.mounts import mount_wishes
@@ -51,6 +52,7 @@ class Work:
     ) -> None:
         self._store = platform.store
         self._nodes = platform.nodes
+        self._networks = platform.networks
         self._placement = platform.placement
         self._lifecycle = platform.lifecycle
         self._clock = platform.clock
@@ -96,7 +98,7 @@ class Work:
         sandbox, wish = claim.sandbox, None
         try:
             wish = await self._wish(sandbox)
-            fact = await self._nodes.get(sandbox.node_id).ensure_running(wish)
+            fact = await self._running(self._nodes.get(sandbox.node_id), wish)
         except MachineDeadError:
             await self._start_again(claim, may_move=may_move)
         except ConflictError as error:
@@ -225,15 +227,40 @@ class Work:
         else:
             await self._is_up(claim, fact, used="resumed")
 
+    async def _running(self, node: NodeControl, wish: MachineWish) -> MachineFact:
+        """Return once a machine runs as requested; see NodeControl.ensure_running.
+
+        Raises:
+            UnavailableError: also if the node cannot enforce its network rules.
+        """
+        if not wish.policy.is_default:
+            report = await self._nodes.report_of(node)
+            if not report.enforces_rules or (wish.policy.ends_tls and not report.ends_tls):
+                raise UnavailableError(
+                    f"the node {node.node_id} is of a version without these network rules: "
+                    "update it"
+                )
+        fact = await node.ensure_running(wish)
+        if fact.rules != digest_of(wish.policy, wish.policy.stamp):
+            # It was started by an earlier request, with other rules.
+            await node.ensure_network(
+                wish.sandbox_id,
+                incarnation=wish.incarnation,
+                policy=wish.policy,
+                credentials=wish.credentials,
+                version=wish.version,
+            )
+        return fact
+
     async def _brought_back(self, wish: MachineWish, sandbox: Sandbox) -> MachineFact:
         """Request a machine that ran on the node before; retry once if its agent is silent."""
         node = self._nodes.get(sandbox.node_id)
         try:
-            return await node.ensure_running(wish)
+            return await self._running(node, wish)
         except AgentSilentError:
             pass
         await self._clock.sleep(_SILENCE_S)  # the cause may be temporary
-        return await node.ensure_running(wish)
+        return await self._running(node, wish)
 
     async def _restart(self, claim: Claim) -> None:
         """Boot a sandbox from its disk whose saved state cannot be used."""
@@ -318,7 +345,8 @@ class Work:
 
     async def _wish(self, sandbox: Sandbox) -> MachineWish:
         mounts = await mount_wishes(self._store, sandbox)
-        return replace(wish_of(sandbox), mounts=mounts)
+        credentials = await self._networks.credentials_of(sandbox.org_id, sandbox.network)
+        return replace(wish_of(sandbox), mounts=mounts, credentials=credentials)
 
     async def _take_down(self, claim: Claim) -> None:
         sandbox = claim.sandbox
@@ -347,7 +375,10 @@ def wish_of(sandbox: Sandbox) -> MachineWish:
         and sandbox.from_snapshot_incarnation == sandbox.incarnation
     ):
         origin = Origin.SNAPSHOT
-    elif origin is Origin.OWN and sandbox.from_disk_incarnation == sandbox.incarnation:
+    elif origin is Origin.OWN and sandbox.from_disk_incarnation in (
+        sandbox.incarnation,
+        NEXT_START,
+    ):
         origin = Origin.DISK
     return MachineWish(
         sandbox_id=sandbox.id,
@@ -361,6 +392,7 @@ def wish_of(sandbox: Sandbox) -> MachineWish:
         authorized_keys=sandbox.authorized_keys,
         root_password_hash=sandbox.root_password_hash,
         origin=origin,
+        policy=sandbox.network.bare,
         snapshot_id=sandbox.from_snapshot_id if origin is Origin.SNAPSHOT else None,
         # One that ran before gets its own keys and password back.
         replaces_access=origin is Origin.SNAPSHOT and sandbox.started_at is None,

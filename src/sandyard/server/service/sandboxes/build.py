@@ -8,6 +8,7 @@ from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.contexts import Contexts
 from sandyard.server.service.sandboxes.create import Creation, KeyRing
 from sandyard.server.service.sandboxes.desktops import Desktops
+from sandyard.server.service.sandboxes.enforcing import Enforcing
 from sandyard.server.service.sandboxes.execute import Commands
 from sandyard.server.service.sandboxes.files import Files
 from sandyard.server.service.sandboxes.forwards import Forwards
@@ -20,6 +21,7 @@ from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.sandboxes.terminals import Terminals
 from sandyard.server.service.sandboxes.tickets import Tickets
+from sandyard.server.service.sandboxes.tokens import SandboxTokens
 from sandyard.server.service.sandboxes.worker import Worker
 from sandyard.server.service.signers import Signers
 
@@ -37,6 +39,7 @@ class SandboxServices:
     files: Files
     forwards: Forwards
     tickets: Tickets
+    tokens: SandboxTokens
     signing: Signing
     previews: Previews
     terminals: Terminals
@@ -74,7 +77,9 @@ def build_sandboxes(
             hash_password=hash_password,
             pooled_wait_s=waits.pooled_s,
         ),
-        sandboxes=Sandboxes(platform, worker=worker, power=power, waits=waits),
+        sandboxes=Sandboxes(
+            platform, worker=worker, power=power, waits=waits, enforcing=Enforcing(platform)
+        ),
         snapshots=Snapshots(platform, worker=worker, power=power),
         commands=commands,
         processes=processes,
@@ -82,6 +87,7 @@ def build_sandboxes(
         files=Files(reach, clock, opened),
         forwards=Forwards(reach, clock),
         tickets=tickets,
+        tokens=SandboxTokens(platform, signers),
         signing=Signing(platform, signers),
         previews=Previews(platform, reach=reach, tickets=tickets, addresses=addresses),
         terminals=Terminals(register, processes, tickets),

@@ -1,23 +1,27 @@
 """Operations on existing sandboxes: get, list, change, pause, resume, touch, delete."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from sandyard.server.core.contracts.node import Connection
 from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.egress import Policy
 from sandyard.server.core.errors import (
+    ConflictError,
     DeadlineExceededError,
     NotFoundError,
     PermissionDeniedError,
     UnavailableError,
 )
 from sandyard.server.core.ids import checked_name, checked_tags
-from sandyard.server.core.ops import Figures, Stats
+from sandyard.server.core.ops import Figures, Hello, Stats
 from sandyard.server.core.records import Claim, Sandbox, SandboxQuery
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.enforcing import Enforcing
 from sandyard.server.service.sandboxes.fields import (
     check_idle_timeout,
     check_metadata,
@@ -31,7 +35,9 @@ from sandyard.server.service.sandboxes.register import ref_of
 from sandyard.server.service.sandboxes.worker import Worker, new_lease
 
 _FIGURE_MAX = 2.0**63
+_SAMPLES_MAX = 240
 _LOOK_S, _REMOTE_S = 2.0, 10.0
+_FOLLOW_S = 1.0
 _ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
 
 
@@ -39,8 +45,8 @@ _ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
 class Changes:
     """Changes to a sandbox; None leaves a field unchanged.
 
-    `expires_in` is in seconds from now, and 0 removes the end. At its end the sandbox is deleted,
-    or paused if it `pauses_at_end`.
+    `expires_in` is in seconds from now, and 0 removes the end; with `only_later` an end that is
+    later stays. At its end the sandbox is deleted, or paused if it `pauses_at_end`.
     """
 
     name: str | None = None
@@ -50,8 +56,10 @@ class Changes:
     metadata: Mapping[str, object] | None = None
     project_id: str | None = None
     auto_resume: bool | None = None
+    network: Policy | None = None
     expires_in: int | None = None
     pauses_at_end: bool | None = None
+    only_later: bool = False
 
 
 class Sandboxes:
@@ -64,8 +72,11 @@ class Sandboxes:
         worker: Worker,
         power: Power,
         waits: Waits,
+        enforcing: Enforcing,
     ) -> None:
         self._store = platform.store
+        self._networks = platform.networks
+        self._enforcing = enforcing
         self._register = platform.register
         self._nodes = platform.nodes
         self._tunnel = platform.tunnel
@@ -155,7 +166,15 @@ class Sandboxes:
             await self._worker.run_now(Claim(ending, hold.lease), limit_s=limit_s)
         return ending
 
-    async def pause(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
+    async def pause(
+        self,
+        actor: Actor,
+        reference: str,
+        *,
+        wait: bool = True,
+        clears_end: bool = False,
+        keeps_memory: bool = True,
+    ) -> Sandbox:
         """Pause a running sandbox. Return at once if it is paused.
 
         Raises:
@@ -164,9 +183,19 @@ class Sandboxes:
         """
         actor.require("sandbox:write")
         sandbox = await self._register.get(actor, reference)
-        return await self._power.pause(sandbox, actor, wait=wait)
+        return await self._power.pause(
+            sandbox, actor, wait=wait, clears_end=clears_end, keeps_memory=keeps_memory
+        )
 
-    async def resume(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
+    async def resume(
+        self,
+        actor: Actor,
+        reference: str,
+        *,
+        wait: bool = True,
+        lives_s: int | None = None,
+        keeps_memory: bool = True,
+    ) -> Sandbox:
         """Resume a paused sandbox, or boot one in error from its disk.
 
         Raises:
@@ -175,7 +204,9 @@ class Sandboxes:
         """
         actor.require("sandbox:write")
         sandbox = await self._register.get(actor, reference)
-        return await self._power.resume(sandbox, actor, wait=wait)
+        return await self._power.resume(
+            sandbox, actor, wait=wait, lives_s=lives_s, keeps_memory=keeps_memory
+        )
 
     async def restart(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
         """Reboot a sandbox from its disk, in any status. Memory is lost.
@@ -204,12 +235,15 @@ class Sandboxes:
         return await self._register.reread(sandbox.id)
 
     async def change(self, actor: Actor, reference: str, changes: Changes) -> Sandbox:
-        """Change a sandbox's fields. Its machine is not affected.
+        """Change a sandbox's fields. Network rules are in force when this returns; nothing else
+        affects its machine.
 
         Raises:
             InvalidArgumentError: a value is invalid; `facts` name the field.
+            PermissionDeniedError: network rules name secrets, and the actor may use none.
             AlreadyExistsError: the name is taken.
             NotFoundError: see `get`.
+            UnavailableError: network rules are stored, and cannot be enforced yet.
         """
         actor.require("sandbox:write")
         sandbox = await self._register.get(actor, reference)
@@ -221,9 +255,13 @@ class Sandboxes:
         while changed is None:
             now = await attempts.next()
             end = _end(now, changes, self._clock.now())
+            if not fields and changes.only_later and _is_later(now.expires_at, end):
+                return now
             changed = await self._lifecycle.change(
                 now, actor=actor, retag="tags" in fields, check=check_project, **fields, **end
             )
+        if "network" in fields:
+            await self._enforcing.enforce(changed)
         return await self._register.reread(changed.id)
 
     async def _fields(self, actor: Actor, changes: Changes) -> dict[str, object]:
@@ -246,6 +284,8 @@ class Sandboxes:
                 fields["project_id"] = await project_of(tx, actor, changes.project_id)
         if changes.auto_resume is not None:
             fields["auto_resume"] = changes.auto_resume
+        if changes.network is not None:
+            fields["network"] = await self._networks.checked(actor, changes.network)
         return fields
 
     async def logs(self, actor: Actor, reference: str) -> tuple[Sandbox, str]:
@@ -265,8 +305,64 @@ class Sandboxes:
             said = b""
         return sandbox, said.decode(errors="replace").replace("\0", "")
 
-    async def stats(self, actor: Actor, reference: str) -> tuple[Sandbox, Figures]:
-        """Return current resource usage, read in the guest.
+    async def connections(
+        self, actor: Actor, reference: str, *, since: float | None = None
+    ) -> list[Connection]:
+        """Return what a sandbox with network rules reached or was refused, oldest first: the latest
+        lines of its journal, or the first ones after a time, in seconds since 1970.
+
+        Raises:
+            NotFoundError: see `get`.
+            UnavailableError: its node does not answer.
+        """
+        actor.require("sandbox:read")
+        sandbox = await self._register.get(actor, reference)
+        if sandbox.node_id is None:
+            return []
+        try:
+            found = await self._nodes.get(sandbox.node_id).connections(sandbox.id, since=since)
+        except NotFoundError:
+            return []
+        return list(found)
+
+    async def follow_connections(
+        self, actor: Actor, reference: str
+    ) -> AsyncIterator[list[Connection]]:
+        """Yield the latest connections, and then new ones as they end, until the sandbox is
+        deleted. See `connections`."""
+        since: float | None = None
+        while True:
+            try:
+                found = await self.connections(actor, reference, since=since)
+            except NotFoundError:
+                if since is None:
+                    raise
+                return
+            if found:
+                yield found
+            since = found[-1].time if found else since or 0.0
+            await self._clock.sleep(_FOLLOW_S)
+
+    async def is_up(self, sandbox: Sandbox, *, asks_machine: bool) -> bool:
+        """Tell whether a sandbox is running or starting, without waiting for it or resuming it.
+        That its machine has ended is stored a moment later, which a machine that is asked tells at
+        once."""
+        if sandbox.status is not Status.RUNNING or not asks_machine:
+            up = ON_ITS_WAY_UP | {Status.RUNNING, Status.SUSPECTED_MISSING}
+            return sandbox.status in up
+        try:
+            async with self._tunnel.open(ref_of(sandbox), Hello()):
+                return True
+        except (ConflictError, NotFoundError):
+            return False
+        except UnavailableError:  # it is slow, or its host is
+            return True
+
+    async def stats(
+        self, actor: Actor, reference: str, *, since_ms: int | None = None
+    ) -> tuple[Sandbox, Figures]:
+        """Return current resource usage, read in the guest, and with `since_ms` the samples since
+        that time.
 
         Raises:
             NotFoundError: see `get`.
@@ -278,12 +374,22 @@ class Sandboxes:
         sandbox = await self._register.get(actor, reference)
         if sandbox.status is not Status.RUNNING:
             raise refusal(sandbox, doing="read the figures of")
-        async with self._tunnel.open(ref_of(sandbox), Stats()) as opened:
+        async with self._tunnel.open(ref_of(sandbox), Stats(since_ms=since_ms)) as opened:
             figures = opened.answer
-        told = [value for name, value in vars(figures).items() if name != "recent_cpu_percent"]
-        if any(value is None or not 0 <= value < _FIGURE_MAX for value in told):
+        told = vars(figures) | {"recent_cpu_percent": 0.0, "earlier": 0}
+        if not _are_figures(told):
             raise UnavailableError("cannot read the usage: the agent did not report it")
-        return sandbox, figures
+        earlier = [one for one in figures.earlier if _are_figures(vars(one))]
+        return sandbox, replace(figures, earlier=earlier[-_SAMPLES_MAX:])
+
+
+def _are_figures(told: Mapping[str, float | None]) -> bool:
+    return all(value is not None and 0 <= value < _FIGURE_MAX for value in told.values())
+
+
+def _is_later(present: datetime | None, end: Mapping[str, Any]) -> bool:
+    """Tell whether the present end is later than a new one; without any it is the latest."""
+    return present is None or present >= end["expires_at"]
 
 
 def _end(sandbox: Sandbox, changes: Changes, now: datetime) -> dict[str, Any]:

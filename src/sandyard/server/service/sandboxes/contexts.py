@@ -147,8 +147,10 @@ class Contexts:
         resumed. See `get`."""
         place = await self._place(actor, reference, context_id)
         with _named(context_id):
-            pid = await self._signal(actor, place, "SIGKILL", everything=True)
-            await self.renew(actor, place, pid)
+            # It finds the pid, and resumes a paused sandbox.
+            pid = await self._signal(actor, place, "SIGCONT", everything=False)
+            await self._succeed(actor, place, pid)
+            await self._end(actor, place, pid)
             return await self.get(actor, place.sandbox_id, context_id)
 
     async def interrupt(self, actor: Actor, reference: str, context_id: str) -> None:
@@ -214,13 +216,23 @@ class Contexts:
     async def renew(self, actor: Actor, place: Place, pid: int) -> None:
         """End an interpreter, if it has not ended yet, and start its successor, unless another has
         done so, or the context was deleted."""
-        with suppress(NotFoundError):
-            await self._signal(actor, place, "SIGKILL", pid=pid, everything=True)
+        try:
+            # The successor comes first: without one the context would seem to be gone.
+            await self._succeed(actor, place, pid)
+        finally:
+            await self._end(actor, place, pid)
+
+    async def _succeed(self, actor: Actor, place: Place, pid: int) -> None:
+        """Start the successor of an interpreter, unless another has done so."""
         with suppress(NotFoundError):
             found = await self._look(actor, place.sandbox_id, place.context_id)
             argv = argv_of(found.language)
             wish = _wish_of(found.id, argv, cwd=found.cwd, user=found.user, replaces=pid)
             await self._processes.start(actor, place.sandbox_id, wish, use=_LOOK)
+
+    async def _end(self, actor: Actor, place: Place, pid: int) -> None:
+        with suppress(NotFoundError):
+            await self._signal(actor, place, "SIGKILL", pid=pid, everything=True)
 
     async def _signal(
         self,
@@ -315,7 +327,9 @@ class _Drive:
                         async with self._clock.timeout(_SOON_S):
                             await run.begun.wait()
                     if run.has_died_before:
-                        raise _absent(context_id)
+                        # Unless it was restarted just then.
+                        actor, place = self._where
+                        await self._contexts.get(actor, place.sandbox_id, context_id)
                     self.opened.set()
                     await run.begun.wait()
                 await self._pass_on(run)

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from sandyard.server.core.contracts.store import Hold
+from sandyard.server.core.egress import NO_RULES, Policy
 from sandyard.server.core.errors import InternalError, InvalidArgumentError
 from sandyard.server.core.ids import checked_name, checked_tags, checked_text, new_sandbox_id
 from sandyard.server.core.records import Claim, Mount, Sandbox, Snapshot
@@ -38,8 +39,8 @@ class NewSandbox:
     """The request for a new sandbox; None means the default.
 
     `ssh_keys` are ids of the organization's keys, or literal keys. A sandbox from a `snapshot` has
-    the snapshot's template and, by default, its mounts. One of the platform's own may have a
-    template that others cannot name: what was `chosen`.
+    the snapshot's template and, by default, its mounts and network rules. One of the platform's own
+    may have a template that others cannot name: what was `chosen`.
     """
 
     template: str | None = None
@@ -57,6 +58,10 @@ class NewSandbox:
     auto_resume: bool = True
     expires_in: int | None = None
     pauses_at_end: bool = False
+    keeps_memory: bool = True
+    public_ports: bool = False
+    port_host: str | None = None
+    network: Policy | None = None
     snapshot: str | None = None
     mounts: tuple[Mount, ...] | None = None
     chosen: Chosen | None = None
@@ -101,6 +106,7 @@ class Creation:
         self._worker = worker
         self._power = power
         self._quota = platform.quota
+        self._networks = platform.networks
         self._ssh_keys = ssh_keys
         self._repeats = platform.repeats
         self._clock = platform.clock
@@ -146,6 +152,12 @@ class Creation:
             made = await self._register.reread(made.id) if limit_s > 0 else made
         return await self._power.until_up(made, limit_s=until.left_s) if wait_s > 0 else made
 
+    async def forget(self, actor: Actor, request: Repeatable | None, sandbox: Sandbox) -> None:
+        """Have the same request create another sandbox if it is repeated."""
+        if request is not None:
+            async with self._store.write(actor.org_id) as tx:
+                await self._repeats.forget(tx, actor, request, (sandbox.id,))
+
     async def _written(
         self,
         actor: Actor,
@@ -184,6 +196,9 @@ class Creation:
         name = None if wish.name is None else checked_name(wish.name)
         tags = checked_tags(wish.tags)
         env = checked_env(wish.env)
+        network = (
+            None if wish.network is None else await self._networks.checked(actor, wish.network)
+        )
         password = None if wish.root_password is None else checked_password(wish.root_password)
         if wish.project_id is not None:
             async with self._store.glance() as tx:
@@ -222,6 +237,10 @@ class Creation:
             expires_at=None if lives is None else now + timedelta(seconds=lives),
             lives_s=lives,
             pauses_at_end=wish.pauses_at_end,
+            keeps_memory=wish.keeps_memory,
+            public_ports=wish.public_ports,
+            port_host=wish.port_host,
+            network=network or (snapshot.network if snapshot is not None else NO_RULES),
             node_id=placed.node_id,
             from_snapshot_id=snapshot.id if snapshot else None,
             from_snapshot_incarnation=1 if snapshot else 0,

@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 from sandyard.server.core import ops
@@ -40,10 +41,13 @@ _FRAMES_A_CHANGE = 5  # the cost of one, in frames
 _SILENT_S = 400 * 86_400.0
 _LISTED_MAX = 4 * 1024 * 1024
 _COMPLAINT_MAX = 4096
+_WATCH_MAX = 64
+_CHANGES_MAX, _CHANGES_A_READING = 50_000, 2000
+_LABELS_MAX = 64
 _VERSION = re.compile(r"[0-9a-f-]{1,64}")
-WishT = TypeVar("WishT", bound=FileOperation)
+WishT = TypeVar("WishT", bound=FileOperation | ops.OpenWatch)
 ToldT = TypeVar("ToldT")
-_USES: dict[type[FileOperation], Use] = {
+_USES: dict[type[FileOperation | ops.OpenWatch], Use] = {
     ops.MakeFolder: Use("file.created", "Directory created", "create a directory in"),
     ops.Move: Use("file.moved", "File moved", "move a file in"),
     ops.Copy: Use("file.copied", "File copied", "copy a file in"),
@@ -53,6 +57,7 @@ _USES: dict[type[FileOperation], Use] = {
     ops.Stat: Use("file.read", "", "look at a file of", is_in_feed=False),
     ops.ListFolder: Use("file.read", "", "list a directory of", is_in_feed=False),
     ops.WatchFolder: Use("file.watched", "", "watch a directory of", is_in_feed=False),
+    ops.OpenWatch: Use("file.watched", "", "watch a directory of", is_in_feed=False),
 }
 
 
@@ -164,6 +169,37 @@ class Files:
             reached = await held.enter_async_context(opening)
             yield _changes_of(reached.stream, self._clock)
 
+    async def open_watch(self, actor: Actor, reference: str, wish: ops.OpenWatch) -> str:
+        """Watch a directory, and return the id of the watch, which lasts until it is closed or the
+        machine ends. See `ask`."""
+        wish = _checked(wish)
+        async with self._reach.open(actor, reference, wish, _use_of(wish)) as reached:
+            return printable(reached.answer.watch[:_WATCH_MAX])
+
+    async def read_watch(self, actor: Actor, reference: str, watch: str) -> Sequence[FileChange]:
+        """Return the changes that a watch has seen since the last time, up to now.
+
+        Raises:
+            NotFoundError: there is no such watch, or its directory is gone.
+            For the rest see `Reach.open`.
+        """
+        found: list[FileChange] = []
+        while len(found) < _CHANGES_MAX:  # the rest is for the next time
+            async with self._reach.open(actor, reference, ops.ReadWatch(watch), _WATCH) as reached:
+                answer = reached.answer
+                if len(answer.items) > _CHANGES_A_READING:
+                    raise AgentError
+                await reached.stream.spend(1 + _FRAMES_A_CHANGE * len(answer.items))
+            found += [_bounded(one) for one in answer.items]
+            if not (answer.has_more and answer.items):
+                break
+        return found
+
+    async def close_watch(self, actor: Actor, reference: str, watch: str) -> None:
+        """End a watch. See `read_watch`."""
+        async with self._reach.open(actor, reference, ops.CloseWatch(watch), _WATCH):
+            pass
+
     @asynccontextmanager
     async def read(
         self, actor: Actor, reference: str, wish: ops.Read
@@ -240,6 +276,9 @@ class Files:
         return made
 
 
+_WATCH = replace(_USES[ops.OpenWatch], is_frequent=True)
+
+
 def path_of(text: bytes, *, field: str = "path") -> bytes:
     """Return a path for the guest. Relative paths are below /workspace.
 
@@ -259,6 +298,10 @@ def path_of(text: bytes, *, field: str = "path") -> bytes:
 
 def _checked(wish: WishT) -> WishT:
     check_account(wish.user)
+    if wish.home_of is not None:
+        check_account(wish.home_of)
+    if isinstance(wish, ops.Move) and wish.owner is not None:
+        check_account(wish.owner, field="owner")
     if isinstance(wish, ops.MakeFolder | ops.Write):
         if wish.mode is not None and not 0 <= wish.mode <= 0o7777:
             raise InvalidArgumentError(
@@ -274,7 +317,7 @@ def _checked(wish: WishT) -> WishT:
     return wish
 
 
-def _use_of(wish: FileOperation) -> Use:
+def _use_of(wish: FileOperation | ops.OpenWatch) -> Use:
     path = wish.target if isinstance(wish, ops.Move | ops.Copy) else wish.path
     return replace(_USES[type(wish)], attributes=_attributes(path, wish.user))
 
@@ -343,8 +386,12 @@ async def _changes_of(stream: GuestStream, clock: Clock) -> AsyncIterator[FileCh
         changes = _several_of(FileChange, frame.payload)
         await stream.spend(_FRAMES_A_CHANGE * len(changes))
         for one in changes:
-            source = None if one.source is None else one.source[:_PATH_MAX]
-            yield replace(one, path=one.path[:_PATH_MAX], source=source)
+            yield _bounded(one)
+
+
+def _bounded(change: FileChange) -> FileChange:
+    source = None if change.source is None else change.source[:_PATH_MAX]
+    return replace(change, path=change.path[:_PATH_MAX], source=source)
 
 
 def _facts_of(payload: bytes) -> list[FileFact]:
@@ -379,4 +426,9 @@ def _cleaned(fact: FileFact) -> FileFact:
         group=printable(fact.group[:64]) if fact.group else None,
         target=fact.target[:_PATH_MAX] if fact.target is not None else None,
         version=fact.version if fact.version and _VERSION.fullmatch(fact.version) else None,
+        resolved=fact.resolved[:_PATH_MAX] if fact.resolved is not None else None,
+        labels={
+            printable(name[:_NAME_MAX]): printable(value[:_PATH_MAX])
+            for name, value in islice(fact.labels.items(), _LABELS_MAX)
+        },
     )

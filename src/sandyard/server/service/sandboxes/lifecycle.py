@@ -14,6 +14,7 @@ from sandyard.server.core.contracts.store import Effects, Hold, Store, Transacti
 from sandyard.server.core.errors import ConflictError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.records import (
+    NEXT_START,
     Activity,
     Reason,
     Sandbox,
@@ -111,6 +112,8 @@ class Lifecycle:
             changed = replace(changed, last_activity_at=now, last_activity_kind=used)
         changed = with_end(changed, now)
         effects = _effects(sandbox, changed, actor, ended_at)
+        if sandbox.from_disk_incarnation == NEXT_START:
+            changed = _after_boot(changed, event)
         if event is Event.PAUSE_FAILED and changed.pauses_at_end and is_over(changed, now):
             changed = replace(changed, expires_at=now + _PAUSE_AGAIN)
         async with self._store.write(sandbox.org_id) as tx:
@@ -214,10 +217,10 @@ async def _meter_saved(tx: Transaction, before: Sandbox, after: Sandbox) -> None
 
 def with_end(sandbox: Sandbox, now: datetime) -> Sandbox:
     """Return a sandbox with the end for its status. One that is paused at its end has none while it
-    is not running, and a new one at each start."""
-    if not sandbox.pauses_at_end or sandbox.lives_s is None:
+    is not running, and whatever has none gets a new one at its start."""
+    if sandbox.lives_s is None:
         return sandbox
-    if sandbox.status in _AT_REST:
+    if sandbox.pauses_at_end and sandbox.status in _AT_REST:
         return replace(sandbox, expires_at=None)
     if sandbox.status is Status.RUNNING and sandbox.expires_at is None:
         return replace(sandbox, expires_at=now + timedelta(seconds=sandbox.lives_s))
@@ -290,3 +293,15 @@ def _line(
         | {"incarnation": sandbox.incarnation}
         | ({"reasonCode": reason.code} if reason else {}),
     )
+
+
+def _after_boot(sandbox: Sandbox, event: Event) -> Sandbox:
+    """Return a sandbox whose next start is to boot from its disk, after an event.
+
+    A start that succeeds completes this, and a pause that fails cancels it.
+    """
+    if event is Event.READY:
+        return replace(sandbox, from_disk_incarnation=sandbox.incarnation)
+    if event is Event.PAUSE_FAILED:
+        return replace(sandbox, from_disk_incarnation=0)
+    return sandbox

@@ -9,6 +9,7 @@ from sandyard.server.core.contracts.node import NodeControl, NodeTunnel
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.money import Prices
 from sandyard.server.core.plans import Plan
+from sandyard.server.service.networks import Networks, NewAuthority
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.repeats import Repeats
@@ -36,6 +37,7 @@ class Platform:
     enforces: bool
     roster: Roster | None
     nodes: Nodes
+    networks: Networks
     placement: Placement
     templates: Templates
     lifecycle: Lifecycle
@@ -58,6 +60,7 @@ def build_platform(
     plans: Mapping[str, Plan],
     prices: Prices,
     enforces: bool,
+    new_authority: NewAuthority,
 ) -> Platform:
     """Return the platform on a store and nodes. `enforces` says whether credits are required."""
     known = Nodes(nodes, clock, roster)
@@ -73,6 +76,7 @@ def build_platform(
         enforces=enforces,
         roster=roster,
         nodes=known,
+        networks=Networks(store, clock, new_authority),
         placement=Placement(known, clock, by_lot=roster is not None),
         templates=Templates(store, ShippedTemplates(known, clock), bus, clock),
         lifecycle=Lifecycle(store, bus, clock),

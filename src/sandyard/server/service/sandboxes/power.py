@@ -14,7 +14,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.records import Claim, Sandbox
+from sandyard.server.core.records import NEXT_START, Claim, Sandbox
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.lifecycle import refusal
@@ -62,11 +62,20 @@ class Power:
         return Deadline(self._clock, self._waits.start_s)
 
     async def pause(
-        self, sandbox: Sandbox, actor: Actor, *, wait: bool = True, until: Deadline | None = None
+        self,
+        sandbox: Sandbox,
+        actor: Actor,
+        *,
+        wait: bool = True,
+        until: Deadline | None = None,
+        clears_end: bool = False,
+        keeps_memory: bool = True,
     ) -> Sandbox:
         """Pause a running sandbox. Return at once if it is paused.
 
-        Wait until `until`, or without it for as long as a pause may take.
+        Wait until `until`, or without it for as long as a pause may take. If it `clears_end`, the
+        sandbox has no end until it runs again. Unless it `keeps_memory`, a resume boots it from its
+        disk.
 
         Raises:
             ConflictError: its status does not allow it.
@@ -86,7 +95,14 @@ class Power:
             if now.status is not Status.RUNNING:
                 raise refusal(now, doing="pause")
             with new_lease(self._worker, now.id) as hold:
-                pausing = await self._lifecycle.apply(now, Event.PAUSE, actor=actor, hold=hold)
+                pausing = await self._lifecycle.apply(
+                    now,
+                    Event.PAUSE,
+                    actor=actor,
+                    hold=hold,
+                    **_without_end(clears=clears_end),
+                    from_disk_incarnation=0 if keeps_memory else NEXT_START,
+                )
             if pausing is None:
                 continue
             claim = Claim(pausing, hold.lease)
@@ -97,21 +113,51 @@ class Power:
             if now.status in done:
                 return now
 
-    async def resume(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
-        """Resume a paused sandbox, or boot one in error from its disk.
+    async def resume(
+        self,
+        sandbox: Sandbox,
+        actor: Actor,
+        *,
+        wait: bool = True,
+        lives_s: int | None = None,
+        keeps_memory: bool = True,
+    ) -> Sandbox:
+        """Resume a paused sandbox, or boot one in error from its disk. With `lives_s` its end is so
+        many seconds after its start. Unless it `keeps_memory`, one that is paused boots, too.
 
         Raises:
             ConflictError: its status does not allow it.
             LimitReachedError, QuotaExceededError: the organization may not run it.
             UnavailableError: the resume failed, and its status is unchanged.
         """
-        return await self._resume(sandbox, actor, self.deadline(), wait=wait)
+        return await self._resume(
+            sandbox,
+            actor,
+            self.deadline(),
+            wait=wait,
+            lives_s=lives_s,
+            keeps_memory=keeps_memory,
+        )
 
     async def _resume(
-        self, sandbox: Sandbox, actor: Actor, until: Deadline, *, wait: bool = True
+        self,
+        sandbox: Sandbox,
+        actor: Actor,
+        until: Deadline,
+        *,
+        wait: bool = True,
+        lives_s: int | None = None,
+        keeps_memory: bool = True,
     ) -> Sandbox:
         return await self.bring_up(
-            sandbox, actor, Event.RESUME, doing="resume", wait=wait, until=until
+            sandbox,
+            actor,
+            Event.RESUME,
+            doing="resume",
+            wait=wait,
+            until=until,
+            lives_s=lives_s,
+            keeps_memory=keeps_memory,
         )
 
     async def restart(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
@@ -131,10 +177,12 @@ class Power:
         wait: bool = True,
         snapshot_id: str | None = None,
         until: Deadline | None = None,
+        lives_s: int | None = None,
+        keeps_memory: bool = True,
     ) -> Sandbox:
         """Start a sandbox's next incarnation by an event, with `snapshot_id` from a snapshot.
 
-        See `pause` for `until`.
+        See `pause` for `until`, and `resume` for `lives_s` and `keeps_memory`.
 
         Raises: see `resume`.
         """
@@ -171,7 +219,8 @@ class Power:
                     check=None if now.status is Status.RUNNING else self._may_run(actor, now),
                     incarnation=now.incarnation + 1,
                     ip=None,
-                    **_source(event, snapshot_id, now),
+                    **_source(event, snapshot_id, now, keeps_memory=keeps_memory),
+                    **_end_of(lives_s),
                 )
             if resuming is None:
                 continue
@@ -229,8 +278,21 @@ class Power:
         return await self._register.wait_for(sandbox, _ALL - {status}, limit_s=until.left_s)
 
 
-def _source(event: Event, snapshot_id: str | None, sandbox: Sandbox) -> dict[str, Any]:
+def _without_end(*, clears: bool) -> dict[str, Any]:
+    return {"expires_at": None} if clears else {}
+
+
+def _end_of(lives_s: int | None) -> dict[str, Any]:
+    """Return the fields of an end that is set once a sandbox runs."""
+    return {} if lives_s is None else {"lives_s": lives_s, "expires_at": None}
+
+
+def _source(
+    event: Event, snapshot_id: str | None, sandbox: Sandbox, *, keeps_memory: bool
+) -> dict[str, Any]:
     """Return the source of a sandbox's next incarnation, if it is not its own state."""
+    if not keeps_memory:
+        return {"from_disk_incarnation": NEXT_START}
     if event is Event.RESTART:
         return {"from_disk_incarnation": sandbox.incarnation + 1}
     if snapshot_id is None:

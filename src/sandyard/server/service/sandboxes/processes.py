@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sandyard.server.core import ops
 from sandyard.server.core.contracts.clock import Clock
@@ -18,6 +19,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import (
+    DEFAULT,
     Attach,
     AttachLive,
     Input,
@@ -42,7 +44,7 @@ TIMEOUT_MS = range(1, 30 * 86_400_000 + 1)
 _ARGV_MAX = 1024
 _ARGV_BYTES = 128 * 1024
 _PATH_MAX = 4096
-_TAG_MAX = 64
+TAG_MAX = 64
 _SIDE = range(1, 65536)
 _SILENT_S = 400 * 86_400.0
 _START = Use("process", "Process started", "start a process in")
@@ -63,9 +65,10 @@ STREAMS = {
 class NewProcess:
     """A process to start: a shell command line, or a program and its arguments.
 
-    None for `cwd` and `user` means the template's. `timeout` is in milliseconds; without it there
-    is no limit. With `replaces` it takes the `tag` of the process with that pid, if that is still
-    the last with it.
+    None for `cwd` and `user` means the template's. If it `is_from_home`, a relative `cwd`, also
+    with `~`, is below the user's home, and not below /workspace. `timeout` is in milliseconds;
+    without it there is no limit. With `replaces` it takes the `tag` of the process with that pid,
+    if that is still the last with it.
     """
 
     command: str | None
@@ -78,6 +81,7 @@ class NewProcess:
     terminal: Size | None
     timeout: int | None
     makes_cwd: bool = False
+    is_from_home: bool = False
     replaces: int | None = None
 
 
@@ -174,27 +178,28 @@ class Processes:
             For the rest see `Reach.open`.
         """
         _check(wish)
-        cwd = cwd_of(wish.cwd)
         operation = Start(
-            command=wish.command,
-            argv=tuple(wish.argv),
-            cwd=cwd,
-            env=wish.env,
-            user=user_of(wish.user),
-            tag=wish.tag,
-            stdin=wish.stdin,
-            terminal=wish.terminal,
-            timeout_ms=wish.timeout,
-            key=self._repeats.name_of(actor, request),
-            replaces=wish.replaces,
+            **_values_of(wish), key=self._repeats.name_of(actor, request), replaces=wish.replaces
         )
-        # Not the command itself: people put secrets into commands, and the feed is kept forever.
-        told = {"user": wish.user, "cwd": wish.cwd and cwd, "tag": wish.tag}
-        facts = {name: value for name, value in told.items() if value}
-        use = replace(use, attributes=facts)
+        use = _told_of(wish, use)
         if wish.makes_cwd and wish.cwd is not None:
+            cwd = operation.cwd
             await make_folder(self._reach, actor, reference, cwd, wish.user or "root", use)
         return await self.launch(actor, reference, operation, use)
+
+    @asynccontextmanager
+    async def begin(
+        self, actor: Actor, reference: str, wish: NewProcess
+    ) -> AsyncIterator[Following]:
+        """Start a process and follow it from its first byte. It goes on when the block ends, and
+        its end is kept for a while.
+
+        Raises: see `start`.
+        """
+        _check(wish)
+        operation = Run(**_values_of(wish), keeps_end=True)
+        async with self.run(actor, reference, operation, _told_of(wish, _START)) as following:
+            yield following
 
     async def launch(self, actor: Actor, reference: str, operation: Start, use: Use) -> Program:
         """Start a process for the platform's own use. See `Reach.open`."""
@@ -381,6 +386,36 @@ async def _end_of_feed(stream: GuestStream, clock: Clock) -> ops.FeedEnd:
     raise AgentError
 
 
+def _values_of(wish: NewProcess) -> dict[str, Any]:
+    """Return the fields that every operation has that starts a process."""
+    return {
+        "command": wish.command,
+        "argv": tuple(wish.argv),
+        "cwd": _home_cwd(wish.cwd) if wish.is_from_home else cwd_of(wish.cwd),
+        "env": wish.env,
+        "user": user_of(wish.user),
+        "tag": wish.tag,
+        "stdin": wish.stdin,
+        "terminal": wish.terminal,
+        "timeout_ms": wish.timeout,
+    }
+
+
+def _home_cwd(text: str | None) -> str:
+    """Return a working directory of which a relative one is below the user's home."""
+    cwd_of(text)
+    if text is None or text == "~" or text.startswith(("/", "~/")):
+        return text or DEFAULT
+    return f"~/{text}"
+
+
+def _told_of(wish: NewProcess, use: Use) -> Use:
+    """Return a use that tells of a process, and not of the command itself: people put secrets into
+    commands, and the feed is kept forever."""
+    told = {"user": wish.user, "cwd": wish.cwd and _values_of(wish)["cwd"], "tag": wish.tag}
+    return replace(use, attributes={name: value for name, value in told.items() if value})
+
+
 def _check_program(wish: NewProcess) -> None:
     """Refuse what is neither a command line nor a program with arguments."""
     if (wish.command is None) == (not wish.argv):
@@ -415,7 +450,7 @@ def _check(wish: NewProcess) -> None:
     _check_program(wish)
     user_of(wish.user)
     checked_text(wish.tag or "", field="tag")
-    if wish.tag is not None and not 1 <= len(wish.tag) <= _TAG_MAX:
+    if wish.tag is not None and not 1 <= len(wish.tag) <= TAG_MAX:
         raise InvalidArgumentError("cannot use tag: it has 1 to 64 characters", field="tag")
     if wish.tag is not None and (wish.tag.isdigit() or "/" in wish.tag):
         raise InvalidArgumentError(
@@ -462,8 +497,8 @@ def _cleaned(program: Program) -> Program:
         program,
         command=printable(program.command[:1000]),
         cwd=printable(program.cwd[:_PATH_MAX]),
-        user=printable(program.user[:_TAG_MAX]),
-        tag=None if program.tag is None else printable(program.tag[:_TAG_MAX]),
+        user=printable(program.user[:TAG_MAX]),
+        tag=None if program.tag is None else printable(program.tag[:TAG_MAX]),
         end=None if program.end is None else _bounded(program.end),
     )
 

@@ -47,6 +47,8 @@ from sandyard.server.service.sandboxes.worker import Worker, new_lease
 from sandyard.server.tasks import concurrently, to_the_end
 
 FORKS = range(1, 101)
+CACHE_PREFIX = "build-cache-"
+"""What the names of snapshots begin with that builds of templates keep."""
 _NAME_MAX = 63
 _SAVABLE = frozenset({Status.RUNNING, Status.PAUSED})
 _PASSING = frozenset({Status.PAUSING, Status.RESUMING})
@@ -80,10 +82,18 @@ class Snapshots:
         self._clock = platform.clock
 
     async def create(
-        self, actor: Actor, reference: str, name: str | None, *, request: Repeatable | None = None
+        self,
+        actor: Actor,
+        reference: str,
+        name: str | None,
+        *,
+        request: Repeatable | None = None,
+        is_for_cache: bool = False,
+        takes_name: bool = False,
     ) -> Snapshot:
         """Save the current state of a running or paused sandbox, which continues, and return the
-        snapshot.
+        snapshot. Only one `is_for_cache` may have a name that begins with `CACHE_PREFIX`. If it
+        `takes_name`, a snapshot that has the name loses it once this one is saved.
 
         Raises:
             NotFoundError: there is no such sandbox.
@@ -98,6 +108,12 @@ class Snapshots:
         actor.require("sandbox:write")
         if name is not None:
             _check_name(name)
+        if name is not None and name.startswith(CACHE_PREFIX) and not is_for_cache:
+            raise InvalidArgumentError(
+                f"cannot use this name: those that begin with {CACHE_PREFIX} are for what builds "
+                "of templates keep",
+                field="name",
+            )
         until = Deadline(self._clock, _WAIT_S)
         async with self._repeats.turn(actor, request):
             for _ in range(_TRIES):
@@ -105,7 +121,8 @@ class Snapshots:
                 if made is not None:
                     return made
                 sandbox = await self._at_rest(await self._register.get(actor, reference), until)
-                snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
+                at_first = None if takes_name else name
+                snapshot = self._new(actor, sandbox, name=at_first, is_hidden=False)
                 noted = (snapshot.id,)
                 async with self._store.write(actor.org_id) as tx:
                     if await self._repeats.made_before(tx, actor, request) is not None:
@@ -113,15 +130,23 @@ class Snapshots:
                     await self._quota.check_snapshot(
                         tx, actor, sandbox.shape, is_test=sandbox.is_test
                     )
+                    if takes_name and name is not None:
+                        await _named(tx, actor, name)
                     await tx.snapshots.insert(snapshot)
                     await self._repeats.note(tx, actor, request, noted)
                 async with self._noted(actor, request, noted):
-                    await self._save(actor, sandbox, snapshot, until)
+                    await self._save(actor, sandbox, snapshot, until, name=name)
                 return await self._found(actor, snapshot.id)
         raise _unknown_outcome()
 
     async def _save(
-        self, actor: Actor, sandbox: Sandbox, snapshot: Snapshot, until: Deadline
+        self,
+        actor: Actor,
+        sandbox: Sandbox,
+        snapshot: Snapshot,
+        until: Deadline,
+        *,
+        name: str | None,
     ) -> None:
         async with (
             self._made(sandbox, snapshot, until) as size_bytes,
@@ -129,8 +154,14 @@ class Snapshots:
         ):
             await self._quota.check_snapshot_size(tx, actor, size_bytes)
             await self._complete(tx, snapshot, size_bytes)
+            if name is not None and name != snapshot.name:
+                earlier = await _named(tx, actor, name)
+                if earlier is not None:
+                    await tx.snapshots.rename(earlier.id, None)
+                await tx.snapshots.rename(snapshot.id, name)
             await tx.storage.open(self._kept(sandbox, snapshot, size_bytes))
-            await tx.activity.append(self._line(actor, snapshot, "snapshot.created"))
+            named = replace(snapshot, name=name)
+            await tx.activity.append(self._line(actor, named, "snapshot.created"))
 
     async def _made_before(
         self,
@@ -248,8 +279,10 @@ class Snapshots:
         *,
         name: str | None = None,
         request: Repeatable | None = None,
+        expires_in: int | None = None,
     ) -> list[Sandbox]:
-        """Create sandboxes from the current state of this one, each with its own identity.
+        """Create sandboxes from the current state of this one, each with its own identity. They
+        have an end in `expires_in` seconds, or none.
 
         Raises:
             InvalidArgumentError: the count is not 1 to 100, or a name is invalid.
@@ -277,7 +310,7 @@ class Snapshots:
                     await _check_free(tx, actor, names)
                 await self._placement.choose_for(snapshot, source.shape, count=count)
                 checked_mounts(actor, source.mounts)
-                forks = [self._fork_of(actor, source, snapshot, one) for one in names]
+                forks = [self._fork_of(actor, source, snapshot, one, expires_in) for one in names]
                 noted = (snapshot.id, *(one.id for one in forks))
                 async with self._store.write(actor.org_id) as tx:
                     if await self._repeats.made_before(tx, actor, request) is not None:
@@ -311,7 +344,12 @@ class Snapshots:
         return begun
 
     def _fork_of(
-        self, actor: Actor, source: Sandbox, snapshot: Snapshot, name: str | None
+        self,
+        actor: Actor,
+        source: Sandbox,
+        snapshot: Snapshot,
+        name: str | None,
+        expires_in: int | None,
     ) -> Sandbox:
         now = self._clock.now()
         return replace(
@@ -328,9 +366,10 @@ class Snapshots:
             paused_at=None,
             last_activity_at=None,
             last_activity_kind=None,
-            expires_at=None,
-            lives_s=None,
+            expires_at=None if expires_in is None else now + timedelta(seconds=expires_in),
+            lives_s=expires_in,
             pauses_at_end=False,
+            keeps_memory=True,
             node_id=snapshot.node_id,
             ip=None,
             reason=None,
@@ -413,6 +452,7 @@ class Snapshots:
             created_at=now,
             held_until=now + timedelta(seconds=_HOLD_S),
             mounts=sandbox.mounts,
+            network=sandbox.network,
             is_test=sandbox.is_test,
         )
 
@@ -512,6 +552,23 @@ async def _is_ready(tx: Transaction, org_id: str, snapshot_id: str) -> bool:
 async def _forks(tx: Transaction, ids: tuple[str, ...]) -> list[Sandbox] | None:
     found = [await tx.sandboxes.find(one) for one in ids if is_sandbox_id(one)]
     return [one for one in found if one is not None] or None
+
+
+async def _named(tx: Transaction, actor: Actor, name: str) -> Snapshot | None:
+    """Return the snapshot that has a name, which the actor may take from it.
+
+    Raises:
+        AlreadyExistsError: it is another member's.
+    """
+    found = await tx.snapshots.find(actor.org_id, name)
+    if found is None or found.name != name:
+        return None
+    if not actor.sees_all and found.owner_user_id != actor.user_id:
+        raise AlreadyExistsError(
+            f"cannot use the name {name!r}: the snapshot of another member has it; choose another",
+            field="name",
+        )
+    return found
 
 
 def _names(name: str | None, count: int) -> list[str | None]:

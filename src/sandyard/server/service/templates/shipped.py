@@ -75,6 +75,16 @@ class ShippedTemplates:
             is_whole=bool(expected) and len(told) == len(expected),
         )
 
+    async def last(self, slug: str) -> TemplateFact | None:
+        """Return a template as it was when templates were last looked up."""
+        picture = self._picture or await self._current()
+        return next((one for one in picture.facts if one.slug == slug), None)
+
+    async def by_node(self) -> dict[str, tuple[TemplateFact, ...]]:
+        """Return the templates of each node that has answered, by its id."""
+        await self._current()
+        return dict(self._told)
+
     async def known(self) -> tuple[TemplateFact, ...]:
         """Return the templates that are known now, hidden ones as well."""
         return (await self._current()).facts

@@ -27,9 +27,10 @@ LATEST: Final = "latest"
 REMOVED: Final = "templates:removed"
 """The topic of hints that bytes of versions may be removed from nodes."""
 _REFERENCE = re.compile(r"([a-z0-9-]{1,63})(?::([A-Za-z0-9_.-]{1,128})|@([0-9a-f]{6,64}))?")
-_TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _KNOWN_MAX = 1000
-_TAGS_MAX = 100
+_TAGS_MAX = 1000
+_CANCELLED_MAX = 1000
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ class OwnTemplate:
     @property
     def current(self) -> TemplateVersion | None:
         """The version with the tag `latest`."""
-        number = self.template.tags.get(LATEST)
+        return self.tagged(LATEST)
+
+    def tagged(self, tag: str) -> TemplateVersion | None:
+        """Return the version with a tag."""
+        number = self.template.tags.get(tag)
         return next((one for one in self.versions if one.number == number), None)
 
     def tags_of(self, version: TemplateVersion) -> list[str]:
@@ -66,6 +71,8 @@ class OwnTemplate:
             status = TemplateStatus.READY
         elif build is not None and build.status in ACTIVE_BUILDS:
             status = TemplateStatus.BUILDING
+        elif build is not None and build.status is BuildStatus.WAITING:
+            status = TemplateStatus.PENDING
         else:
             status = TemplateStatus.FAILED
         is_failure = build is not None and build.status is BuildStatus.FAILED
@@ -152,11 +159,12 @@ class Templates:
         return Chosen(version_name(slug, version.digest), version.about.defaults)
 
     async def about(self, org_id: str, name: str) -> VersionAbout | None:
-        """Return what belongs to the version that nodes know by a name; None for a template of the
-        installation, or if it was forgotten."""
+        """Return what belongs to the template or version that nodes know by a name; None if that
+        is nothing, or was forgotten."""
         slug, _, digest = name.partition("@")
         if not digest:
-            return None
+            fact = await self.shipped.last(slug)
+            return None if fact is None else _about_of(fact)
         known = self._known.get((org_id, name))
         if known is None:
             async with self._store.read() as tx:
@@ -189,12 +197,7 @@ class Templates:
             NotFoundError: there is no such template.
         """
         actor.require("template:write")
-        if not _TAG.fullmatch(tag):
-            raise InvalidArgumentError(
-                "cannot use this tag: it begins with a letter, and has letters, digits, _, . and "
-                "- after that, at most 128",
-                field="tag",
-            )
+        check_tag(tag)
         async with self._store.write(actor.org_id) as tx:
             template = await self._template(tx, actor, slug)
             versions = await tx.versions.of(actor.org_id, slug)
@@ -202,10 +205,7 @@ class Templates:
                 raise InvalidArgumentError(
                     f"cannot tag the version {number} of {slug}: there is none", field="version"
                 )
-            if tag not in template.tags and len(template.tags) >= _TAGS_MAX:
-                raise InvalidArgumentError(
-                    f"cannot use over {_TAGS_MAX} tags: remove some", field="tag"
-                )
+            check_count(template, [tag])
             await self._put(tx, replace(template, tags={**template.tags, tag: number}))
         return await self.own(actor, slug)
 
@@ -232,7 +232,7 @@ class Templates:
         actor.require("template:write")
         async with self._store.write(actor.org_id) as tx:
             await self._template(tx, actor, slug)
-            for build in await tx.builds.page(actor.org_id, slug, limit=_TAGS_MAX):
+            for build in await tx.builds.page(actor.org_id, slug, limit=_CANCELLED_MAX):
                 await tx.builds.cancel(actor.org_id, build.id, at=self._clock.now())
             await tx.templates.remove(actor.org_id, slug, at=self._clock.now())
         self._bus.hint(REMOVED)
@@ -286,6 +286,20 @@ class Templates:
         return OwnTemplate(template, tuple(versions), builds[0] if builds else None)
 
 
+def _about_of(fact: TemplateFact) -> VersionAbout | None:
+    """Return the defaults of a template of the installation, if it has any."""
+    if not (fact.user or fact.workdir):
+        return None
+    return VersionAbout(
+        slug=fact.slug,
+        os=fact.os or "",
+        kind=fact.kind,
+        defaults=fact.defaults,
+        user=fact.user,
+        workdir=fact.workdir,
+    )
+
+
 def _parsed(reference: str) -> tuple[str, str, str]:
     found = _REFERENCE.fullmatch(reference)
     if found is None:
@@ -300,6 +314,31 @@ def _version_of(own: OwnTemplate, tag: str, digest: str) -> TemplateVersion | No
     if number is None and tag.isdigit():
         number = int(tag)
     return next((one for one in own.versions if one.number == number), None)
+
+
+def check_tag(tag: str) -> None:
+    """Refuse what cannot be a tag.
+
+    Raises:
+        InvalidArgumentError: it is no valid tag.
+    """
+    if not _TAG.fullmatch(tag) or tag.isdigit():
+        raise InvalidArgumentError(
+            "cannot use this tag: it has at most 128 letters, digits, _, . and -, begins with a "
+            "letter, a digit or _, and is not a number, which would mean a version",
+            field="tag",
+        )
+
+
+def check_count(template: Template, tags: Iterable[str]) -> None:
+    """Refuse more tags than a template can have.
+
+    Raises:
+        InvalidArgumentError: there would be too many.
+    """
+    new = {*tags} - {*template.tags}
+    if new and len(template.tags) + len(new) > _TAGS_MAX:
+        raise InvalidArgumentError(f"cannot use over {_TAGS_MAX} tags: remove some", field="tag")
 
 
 def _absent(slug: str) -> NotFoundError:

@@ -23,7 +23,8 @@
     .replace(/[\u007f-\uffff]/g, (one) => '\\u' + one.charCodeAt(0).toString(16).padStart(4, '0'))}\0`);
 
   const show = (value, isMain) => {
-    const text = util.inspect(value), found = {text: text.slice(0, TEXT_MAX)};
+    const whole = typeof value === 'string' ? {maxStringLength: TEXT_MAX} : {};
+    const text = util.inspect(value, whole), found = {text: text.slice(0, TEXT_MAX)};
     report('R', {...found, isMain, truncated: text.length > TEXT_MAX});
   };
 
@@ -117,8 +118,10 @@
     Object.defineProperty(process, 'stdin', {value: input, configurable: true});
     let error = null;
     try {
+      const code = wish.types ? require('module').stripTypeScriptTypes(wish.code, {mode: 'transform'})
+        : wish.code;
       const stopped = new Promise((_, reject) => { stop = () => reject(new InterruptedError('interrupted')); });
-      const found = await Promise.race([run(wish.code, wish.timeout), stopped]);
+      const found = await Promise.race([run(code, wish.timeout), stopped]);
       if (found !== undefined) show(found, true);
     } catch (failed) { error = told(failed); }
     stop = () => {};

@@ -1,16 +1,20 @@
 """Answers that take a while: they are sent as they come, and end with their client."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TypeVar
 
-from fastapi import Request
-from fastapi.responses import StreamingResponse
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import ConflictError
 from sandyard.server.front.exchange import GoneError, until_gone
 from sandyard.server.tasks import concurrently
 
+T = TypeVar("T")
 TAMED = {
     "Content-Security-Policy": "sandbox; default-src 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -40,6 +44,39 @@ class HeldStream(StreamingResponse):
         """Send the answer."""
         async with self._held:
             await super().__call__(scope, receive, send)
+
+
+async def with_beats(
+    events: AsyncIterator[T], clock: Clock, beat_s: float
+) -> AsyncIterator[T | None]:
+    """Yield events, and None after each `beat_s` seconds without one."""
+    found: asyncio.Queue[tuple[T | None, Exception | None, bool]] = asyncio.Queue(1)
+    async with concurrently(_hand_over(events, found)):
+        while True:
+            try:
+                async with clock.timeout(beat_s):
+                    event, error, is_last = await found.get()
+            except TimeoutError:
+                yield None
+                continue
+            if error is not None:
+                raise error
+            if is_last:
+                return
+            yield event
+
+
+async def _hand_over(
+    events: AsyncIterator[T], found: "asyncio.Queue[tuple[T | None, Exception | None, bool]]"
+) -> None:
+    # An error takes the same way: raised here, it would cancel the task that is sending.
+    try:
+        async for event in events:
+            await found.put((event, None, False))
+    except Exception as error:  # noqa: BLE001 - it is raised where events are taken
+        await found.put((None, error, False))
+    else:
+        await found.put((None, None, True))
 
 
 @asynccontextmanager

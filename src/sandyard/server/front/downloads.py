@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from urllib.parse import quote
 
-from sandyard.server.api.streams import TAMED
 from sandyard.server.core.errors import UnavailableError
+from sandyard.server.front.streams import TAMED
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 _LATEST_S = 2**41 / 1000

@@ -1,0 +1,220 @@
+"""The other ports of sandboxes: HTTP and WebSockets to whatever listens there.
+
+On the E2B API's domain, ports of a sandbox that was created with public ports are open to
+everyone, as they are at E2B. Elsewhere, and if the sandbox was created without, a client needs the
+sandbox's traffic token. The port of the code interpreter always needs it: its clients send it.
+"""
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import h11
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.errors import (
+    GuestNotFoundError,
+    RateLimitedError,
+    SandyardError,
+    UnauthenticatedError,
+)
+from sandyard.server.core.ids import new_request_id
+from sandyard.server.core.records import Sandbox
+from sandyard.server.core.wire import is_guests_port
+from sandyard.server.e2b.awake import awake
+from sandyard.server.e2b.errors import closed, is_gone, render_envd
+from sandyard.server.e2b.names import Target, target_of
+from sandyard.server.front import headers as h
+from sandyard.server.front.answer import TUNNEL, ProxyAnswer
+from sandyard.server.front.exchange import BrokenOffError, GoneError, HungUpError
+from sandyard.server.front.face import EdgeServices
+from sandyard.server.front.proxy import Passage, UnsendableError, pass_on, tunnel
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.services import Services
+
+log = logging.getLogger(__name__)
+
+INTERPRETER_PORT: Final = 49999
+_INTERPRETER_START_S: Final = 30.0
+"""How long after its start a sandbox's closed interpreter port is dialed again."""
+_DIAL_PERIOD_S: Final = 0.2
+_TOKEN = b"e2b-traffic-access-token"
+_OURS = frozenset(
+    {_TOKEN, b"x-access-token", b"e2b-sandbox-id", b"e2b-sandbox-port", b"e2b-template-id"}
+)
+_BROKEN = (h11.RemoteProtocolError, h11.LocalProtocolError)
+
+
+class _ClosedError(Exception):
+    """Nothing listens at the port."""
+
+
+class PortApp:
+    """The application for all ports but the daemon's."""
+
+    def __init__(self, services: Services, edge: EdgeServices, domain: str | None) -> None:
+        self._services = services
+        self._edge = edge
+        self._domain = domain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request or tunnel."""
+        request_id = new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        self._edge.bind(request_id)
+        began, answer = time.perf_counter(), ProxyAnswer(scope, send)
+        target = target_of(scope, self._domain)
+        assert target is not None
+        try:
+            await self._serve(scope, receive, target, answer)
+        except GoneError:
+            pass
+        except (
+            SandyardError,
+            _ClosedError,
+            HungUpError,
+            UnsendableError,
+            TimeoutError,
+            *_BROKEN,
+        ) as error:
+            if answer.has_begun:
+                log.info("aborting the answer of a port: %s", error)
+                raise BrokenOffError from error
+            await _refuse(scope, answer, _refusal(target, error))
+        finally:
+            self._edge.observe(
+                face="e2b-ports",
+                method="TUNNEL" if scope["type"] == TUNNEL else scope.get("method", "WEBSOCKET"),
+                route="port",
+                status=answer.status,
+                seconds=time.perf_counter() - began,
+            )
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, target: Target, answer: ProxyAnswer
+    ) -> None:
+        services = self._services
+        actor = await services.tokens.owner(target.sandbox_id)
+        sandbox = await services.sandboxes.get(actor, target.sandbox_id, scope="sandbox:write")
+        self._check(scope, sandbox, target)
+        sandbox = await awake(services, actor, sandbox)
+        if not is_guests_port(target.port):
+            raise _ClosedError
+        passage, dialing = _passage(scope, sandbox, target), self._dial(actor, sandbox, target)
+        if scope["type"] == TUNNEL:
+            await tunnel(scope, passage, dialing, answer, services.clock)
+        else:
+            await pass_on(scope, receive, passage, dialing, answer, services.clock)
+
+    def _check(self, scope: Scope, sandbox: Sandbox, target: Target) -> None:
+        """Return if a client may use a port.
+
+        Raises:
+            UnauthenticatedError: the client needs the sandbox's traffic token.
+            RateLimitedError: it tried too many.
+        """
+        token = h.first(scope["headers"], _TOKEN)
+        if token and self._services.tokens.is_traffic(sandbox.id, token):
+            return
+        is_public = sandbox.public_ports and target.host is not None
+        if is_public and target.port != INTERPRETER_PORT:
+            return
+        if token:
+            client: tuple[str, int] = scope.get("client") or ("unknown", 0)
+            self._edge.rates.failed(client[0])
+        raise UnauthenticatedError(
+            "cannot open this port without the header e2b-traffic-access-token: send the "
+            "sandbox's trafficAccessToken"
+        )
+
+    @asynccontextmanager
+    async def _dial(
+        self, actor: Actor, sandbox: Sandbox, target: Target
+    ) -> AsyncIterator[ByteStream]:
+        is_open = False
+        while True:
+            try:
+                dialing = self._services.previews.dial(actor, target.sandbox_id, target.port)
+                async with dialing as there:
+                    is_open = True
+                    yield there
+                    return
+            except GuestNotFoundError as error:
+                if is_open:
+                    raise
+                if not self._may_be_starting(sandbox, target):
+                    raise _ClosedError from error
+            await self._services.clock.sleep(_DIAL_PERIOD_S)
+
+    def _may_be_starting(self, sandbox: Sandbox, target: Target) -> bool:
+        """Tell whether the code interpreter may still start: it is warm in a machine of the pool,
+        and its clients expect that of every sandbox."""
+        if target.port != INTERPRETER_PORT or sandbox.started_at is None:
+            return False
+        running_s = (self._services.clock.now() - sandbox.started_at).total_seconds()
+        return running_s < _INTERPRETER_START_S
+
+
+def _refusal(target: Target, error: Exception) -> Response:
+    if isinstance(error, RateLimitedError) or (isinstance(error, SandyardError) and is_gone(error)):
+        return render_envd(target.sandbox_id, error)
+    if isinstance(error, UnauthenticatedError):
+        body = {"sandboxId": target.sandbox_id, "message": error.message, "code": 403}
+        return JSONResponse(body, status_code=403)
+    if isinstance(error, SandyardError):
+        return render_envd(target.sandbox_id, error)
+    return closed(target.sandbox_id, target.port)
+
+
+async def _refuse(scope: Scope, answer: ProxyAnswer, refusal: Response) -> None:
+    headers = [*refusal.raw_headers, (b"x-request-id", scope["state"]["request_id"].encode())]
+    await answer.begin(refusal.status_code, headers)
+    if scope.get("method") != "HEAD":
+        await answer.write(bytes(refusal.body))
+    await answer.end()
+
+
+def _passage(scope: Scope, sandbox: Sandbox, target: Target) -> Passage:
+    """Return how a request is passed on: with the client's Host, as it is at E2B."""
+    path, query = bytes(scope.get("raw_path") or b"/"), bytes(scope.get("query_string") or b"")
+    client: tuple[str, int] = scope.get("client") or ("unknown", 0)
+    scheme = "https" if scope.get("scheme") in ("https", "wss") else "http"
+    given = h.to_guest(
+        scope["headers"],
+        port=target.port,
+        hosts=(),
+        client=client[0],
+        scheme=scheme,
+        query_token="",
+        strips_authorization=False,
+    )
+    host = (sandbox.port_host or "").replace("${PORT}", str(target.port)).encode()
+    host = host or (h.first(scope["headers"], b"host") or "").encode("latin-1")
+    # Written as most servers write them: programs look for them so, whatever HTTP says.
+    headers = [
+        (name.title(), host if name == b"host" else value)
+        for name, value in given
+        if name not in _OURS
+    ]
+
+    if target.port == INTERPRETER_PORT:  # it gives them to code, by the names that E2B gives them
+        template = sandbox.template.partition("@")[0]
+        headers += [
+            (b"E2b-Sandbox-Id", sandbox.id.encode()),
+            (b"E2b-Template-Id", template.encode()),
+        ]
+
+    def rewrite(answered: h.Headers) -> list[tuple[bytes, bytes]]:
+        origin = f"{scheme}://{target.host}" if target.host else ""
+        found = h.to_client(answered, origin=origin, port=target.port, adds_policy=False)
+        if target.host is None:
+            # The name is the platform's own: nothing of a guest's may stay there.
+            found = [one for one in found if one[0] not in (b"cache-control", b"set-cookie")]
+            found.append((b"cache-control", b"no-store"))
+        return [*found, (b"x-request-id", scope["state"]["request_id"].encode())]
+
+    return Passage(path + b"?" + query if query else path, headers, rewrite)

@@ -1,0 +1,1 @@
+"""What sandboxes may reach: their rules, the secrets in their requests, and their journals."""
