@@ -111,10 +111,15 @@ def create_key(
     expires_in: Annotated[
         str | None, typer.Option(help="The lifetime: 30d, 12m, 1y. Default: no expiry.")
     ] = None,
+    e2b: Annotated[
+        bool, typer.Option("--e2b", help="Of the form that clients of E2B insist on.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Create an API key and print it. It is shown only once."""
     body = {"name": name, "scopes": scope, "expiresIn": expires_in}
+    if e2b:
+        body["format"] = "e2b"
     with open_client() as client:
         made = client.ask("POST", _KEYS, body=body)["data"]
     _show_secret(made, as_json=as_json)

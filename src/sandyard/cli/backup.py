@@ -30,6 +30,7 @@ class Include(StrEnum):
     PAUSED = "paused"
     SNAPSHOTS = "snapshots"
     WORKSPACES = "workspaces"
+    TEMPLATES = "templates"
 
 
 def backup(
@@ -37,7 +38,8 @@ def backup(
     include: Annotated[
         list[Include] | None,
         typer.Option(
-            help="Also the files of paused sandboxes, snapshots or workspaces. May be repeated."
+            help="Also the files of paused sandboxes, snapshots, workspaces, or templates of "
+            "users. May be repeated."
         ),
     ] = None,
     passphrase_file: PassphraseFile = None,

@@ -15,7 +15,9 @@ from sandyard.cli import (
     backup,
     copy,
     live,
+    registry,
     sandbox,
+    secret,
     server,
     snapshot,
     template,
@@ -40,6 +42,8 @@ app.add_typer(account.ssh_key, name="ssh-key")
 app.add_typer(admin.app, name="admin")
 app.add_typer(server.nodes, name="node")
 app.add_typer(template.app, name="template")
+app.add_typer(registry.app, name="registry")
+app.add_typer(secret.app, name="secret")
 app.add_typer(server.setup, name="setup")
 
 

@@ -3,8 +3,9 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +32,24 @@ def _known(incomplete: str) -> list[str]:
 
 
 Reference = Annotated[str, typer.Argument(help="The sandbox's id or name.", autocompletion=_known)]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="What it may reach: a name, *.NAME, NAME:PORT or a range. May be repeated."),
+]
+Deny = Annotated[
+    list[str] | None, typer.Option(help="A range that it may not reach. May be repeated.")
+]
+Inspect = Annotated[
+    list[str] | None,
+    typer.Option(help="A host whose requests are each judged, inside TLS. May be repeated."),
+]
+Inject = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="HOST:HEADER:VALUE, a header that requests to a host are given outside the machine; "
+        "${NAME} in it is a secret. May be repeated."
+    ),
+]
 References = Annotated[list[str], typer.Argument(help="Ids or names.", autocompletion=_known)]
 
 
@@ -113,6 +132,13 @@ def create(
             "repeated."
         ),
     ] = None,
+    deny_all: Annotated[
+        bool, typer.Option("--deny-all", help="Let it reach nothing but what --allow names.")
+    ] = False,
+    allow: Allow = None,
+    deny: Deny = None,
+    inspect: Inspect = None,
+    inject: Inject = None,
     vcpus: Annotated[int | None, typer.Option(help="Virtual CPUs.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory, such as 2GB.")] = None,
     disk: Annotated[str | None, typer.Option(help="Disk, such as 20GB.")] = None,
@@ -146,6 +172,9 @@ def create(
         "onExpiry": on_expiry,
     }  # fmt: skip
     options |= {key: value for key, value in given.items() if value is not None}
+    if deny_all or allow or deny or inspect or inject:
+        egress = "deny" if deny_all else "allow"
+        options["network"] = {"egress": egress} | _rules(allow, deny, inspect, inject)
     with open_client() as client:
         until = time.monotonic() + wait
         if mount:
@@ -156,6 +185,105 @@ def create(
     _show_one(sandbox, as_json=as_json)
     if sandbox.status in _BROKEN:
         raise typer.Exit(1)
+
+
+@app.command()
+def network(
+    sandbox: Reference,
+    deny_all: Annotated[
+        bool, typer.Option("--deny-all", help="Let it reach nothing but what --allow names.")
+    ] = False,
+    allow_all: Annotated[
+        bool, typer.Option("--allow-all", help="Let it reach everything but what --deny names.")
+    ] = False,
+    allow: Allow = None,
+    deny: Deny = None,
+    inspect: Inspect = None,
+    inject: Inject = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a sandbox may reach, or replace it: all earlier rules go."""
+    if deny_all and allow_all:
+        raise typer.BadParameter("--deny-all and --allow-all exclude each other")
+    if (allow or deny or inspect or inject) and not (deny_all or allow_all):
+        raise typer.BadParameter("say --deny-all or --allow-all, too: all earlier rules go")
+    with open_client() as client:
+        if deny_all or allow_all:
+            egress = "deny" if deny_all else "allow"
+            asked = _rules(allow, deny, inspect, inject)
+            rules = client.set_network(sandbox, egress=egress, **asked)
+        else:
+            rules = client.network(sandbox)
+    if as_json:
+        show_json(dict(rules))
+        return
+    for rule in rules["allow"]:
+        typer.echo(f"allow  {rule}")
+    for rule in rules["deny"]:
+        typer.echo(f"deny   {rule}")
+    for host in rules["inspect"]:
+        typer.echo(f"inspect  {host}")
+    for one in rules["inject"]:
+        for name, text in one["headers"].items():
+            typer.echo(f"inject   {one['host']}  {name}: {text}")
+    typer.echo(f"{rules['egress']:<5}  everything else")
+
+
+@app.command()
+def egress(
+    sandbox: Reference,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a sandbox with network rules reached or was refused, oldest first."""
+    since = None
+    with open_client() as client, suppress(KeyboardInterrupt):
+        while True:
+            found = client.connections(sandbox, since=since)
+            for one in found:
+                typer.echo(json.dumps(dict(one)) if as_json else _connection(one))
+            if not follow:
+                return
+            if found:
+                since = datetime.fromisoformat(found[-1]["time"]).timestamp()
+            elif since is None:
+                since = 0.0
+            time.sleep(1)
+
+
+def _connection(one: Mapping[str, Any]) -> str:
+    if one["verdict"] == "skipped":
+        return f"{one['time']}  ({one['count']} lines were left out)"
+    where = one["name"] or one["address"]
+    passed = f"  {one['bytesOut']} B out, {one['bytesIn']} B in, {one['durationMs']} ms"
+    end = passed if one["verdict"] == "allowed" else ""
+    end += f", with {', '.join(one['secrets'])}" if one["secrets"] else ""
+    return f"{one['time']}  {one['verdict']:<7}  {where}:{one['port']}  ({one['rule']}){end}"
+
+
+def _rules(
+    allow: list[str] | None,
+    deny: list[str] | None,
+    inspect: list[str] | None,
+    inject: list[str] | None,
+) -> dict[str, Any]:
+    """Return network rules, but for what happens to everything else."""
+    headers: dict[str, dict[str, str]] = {}
+    for one in inject or []:
+        host, _, header = one.partition(":")
+        name, separator, text = header.partition(":")
+        if not separator or not text.strip():
+            raise typer.BadParameter(
+                f"{one!r}: it is HOST:HEADER:VALUE, such as "
+                "'api.github.com:Authorization: Bearer ${GITHUB}'"
+            )
+        headers.setdefault(host.strip(), {})[name.strip()] = text.strip()
+    return {
+        "allow": allow or [],
+        "deny": deny or [],
+        "inspect": inspect or [],
+        "inject": [{"host": host, "headers": each} for host, each in headers.items()],
+    }
 
 
 def _mounts(client: Sandyard, wanted: list[str]) -> list[dict[str, Any]]:

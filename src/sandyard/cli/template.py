@@ -1,5 +1,6 @@
 """`sandyard template …`: what sandboxes are made from."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,16 @@ app = typer.Typer(
 )
 
 Slug = Annotated[str, typer.Argument(help="The template's slug.")]
+Secrets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--secret",
+        help="A secret for commands of the build: id=NAME,src=FILE or id=NAME,env=VARIABLE.",
+    ),
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Use nothing that earlier builds have kept.")
+]
 Detach = Annotated[
     bool, typer.Option("--detach", "-d", help="Only request the build, and print its id.")
 ]
@@ -73,6 +84,11 @@ def create(
     vcpus: Annotated[int | None, typer.Option(help="Processors by default.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory by default, such as 1GB.")] = None,
     disk: Annotated[str | None, typer.Option(help="Disk by default, such as 10GB.")] = None,
+    credentials: Annotated[
+        str | None, typer.Option(help="The id of a credential for the registry.")
+    ] = None,
+    secret: Secrets = None,
+    no_cache: NoCache = False,
     detach: Detach = False,
 ) -> None:
     """Build a template from another one, an image or an archive, and follow the build."""
@@ -83,10 +99,37 @@ def create(
         template = template.from_image(image)
     if archive is not None:
         template = template.from_archive(archive)
+    if credentials is not None:
+        template = template.credentials(credentials)
+    template = with_secrets(template, secret).force(no_cache)
     template = template.apt(*apt or ()).pip(*pip or ()).npm(*npm or ()).run(*run or ())
     template = _with_rest(template, env, start, ready, user, workdir, vcpus, memory, disk)
     with open_client() as client:
         _build(client, template, detach=detach)
+
+
+def with_secrets(template: Template, secrets: list[str] | None) -> Template:
+    """Add secrets that are written as Docker's are."""
+    for one in secrets or ():
+        given = dict(part.partition("=")[::2] for part in one.split(","))
+        name = given.pop("id", "")
+        given.pop("type", None)
+        source, variable = given.pop("src", given.pop("source", "")), given.pop("env", "")
+        if not name or given or (source and variable):
+            raise typer.BadParameter(
+                f"cannot use --secret {one}: write it as id=NAME,src=FILE or id=NAME,env=VARIABLE"
+            )
+        if not source and (variable or name) in os.environ:
+            value = os.environ[variable or name]
+        elif variable:
+            raise typer.BadParameter(f"cannot use --secret {one}: {variable} is not set")
+        else:
+            try:
+                value = Path(source or name).expanduser().read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise typer.BadParameter(f"cannot use --secret {one}: {error}") from error
+        template = template.secret(name, value)
+    return template
 
 
 def _with_rest(
@@ -137,6 +180,11 @@ def build(
     vcpus: Annotated[int | None, typer.Option(help="Processors by default.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory by default, such as 1GB.")] = None,
     disk: Annotated[str | None, typer.Option(help="Disk by default, such as 10GB.")] = None,
+    credentials: Annotated[
+        str | None, typer.Option(help="The id of a credential for the registry.")
+    ] = None,
+    secret: Secrets = None,
+    no_cache: NoCache = False,
     detach: Detach = False,
     again: Annotated[
         bool,
@@ -162,6 +210,9 @@ def build(
         raise typer.BadParameter(f"there is no {dockerfile} in {folder}; name it with --file")
     template = Template(slug or folder.resolve().name.lower())
     template = template.from_dockerfile(folder, dockerfile=dockerfile)
+    if credentials is not None:
+        template = template.credentials(credentials)
+    template = with_secrets(template, secret).force(no_cache)
     template = _with_rest(template, None, start, ready, None, None, vcpus, memory, disk)
     with open_client() as client:
         _build(client, template, detach=detach)

@@ -155,6 +155,36 @@ class AsyncSandyard(AsyncConnection):
         """See `Sandyard.cost`."""
         return await self._transport.send(calls.cost(reference))
 
+    async def network(self, reference: str) -> Mapping[str, Any]:
+        """See `Sandyard.network`."""
+        return await self._transport.send(calls.network(reference))
+
+    async def set_network(
+        self,
+        reference: str,
+        *,
+        egress: str = "allow",
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        inspect: Sequence[str] = (),
+        inject: Sequence[Mapping[str, Any]] = (),
+    ) -> Mapping[str, Any]:
+        """See `Sandyard.set_network`."""
+        rules = {
+            "egress": egress, "allow": list(allow), "deny": list(deny),
+            "inspect": list(inspect), "inject": [dict(one) for one in inject],
+        }  # fmt: skip
+        return await self._transport.send(calls.set_network(reference, rules))
+
+    async def connections(
+        self, reference: str, *, since: float | None = None
+    ) -> builtins.list[Mapping[str, Any]]:
+        """See `Sandyard.connections`."""
+        found: builtins.list[Mapping[str, Any]] = await self._transport.send(
+            calls.connections(reference, since)
+        )
+        return found
+
     async def stats(self, reference: str) -> Mapping[str, float]:
         """See `Sandyard.stats`."""
         return await self._transport.send(calls.stats(reference))
@@ -548,6 +578,28 @@ class AsyncSandbox(SandboxFacts):
     async def cost(self) -> Cost:
         """See `Sandbox.cost`."""
         return await self._client.cost(self.id)
+
+    async def network(self) -> Mapping[str, Any]:
+        """See `Sandbox.network`."""
+        return await self._client.network(self.id)
+
+    async def set_network(
+        self,
+        *,
+        egress: str = "allow",
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        inspect: Sequence[str] = (),
+        inject: Sequence[Mapping[str, Any]] = (),
+    ) -> Mapping[str, Any]:
+        """See `Sandbox.set_network`."""
+        return await self._client.set_network(
+            self.id, egress=egress, allow=allow, deny=deny, inspect=inspect, inject=inject
+        )
+
+    async def connections(self, *, since: float | None = None) -> builtins.list[Mapping[str, Any]]:
+        """See `Sandbox.connections`."""
+        return await self._client.connections(self.id, since=since)
 
     async def stats(self) -> Mapping[str, float]:
         """See `Sandbox.stats`."""

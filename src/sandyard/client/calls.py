@@ -450,6 +450,24 @@ def ssh(reference: str) -> Call[SshAccess]:
     return Call("GET", sandbox_path(reference, "ssh"), _ssh, safe=True)
 
 
+def network(reference: str) -> Call[Raw]:
+    """Tell what a sandbox may reach."""
+    return Call("GET", sandbox_path(reference, "network"), lambda a: dict(a["data"]), safe=True)
+
+
+def set_network(reference: str, rules: Mapping[str, object]) -> Call[Raw]:
+    """Replace what a sandbox may reach."""
+    path = sandbox_path(reference, "network")
+    return Call("PUT", path, lambda a: dict(a["data"]), body=dict(rules), safe=True)
+
+
+def connections(reference: str, since: float | None) -> Call[list[Raw]]:
+    """Tell what a sandbox with network rules reached or was refused."""
+    query = {} if since is None else {"since": since}
+    path = sandbox_path(reference, "egress")
+    return Call("GET", path, lambda a: list(a["data"]), query=query, safe=True)
+
+
 def stats(reference: str) -> Call[Mapping[str, float]]:
     """Tell what a sandbox takes now."""
     return Call(

@@ -169,6 +169,38 @@ class Sandyard(Connection):
         """Return what a sandbox costs."""
         return self._transport.send(calls.cost(reference))
 
+    def network(self, reference: str) -> Mapping[str, Any]:
+        """Return what a sandbox may reach."""
+        return self._transport.send(calls.network(reference))
+
+    def set_network(
+        self,
+        reference: str,
+        *,
+        egress: str = "allow",
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        inspect: Sequence[str] = (),
+        inject: Sequence[Mapping[str, Any]] = (),
+    ) -> Mapping[str, Any]:
+        """Replace what a sandbox may reach; see `ChangeOptions.network`. The rules are in force
+        when this returns."""
+        rules = {
+            "egress": egress, "allow": list(allow), "deny": list(deny),
+            "inspect": list(inspect), "inject": [dict(one) for one in inject],
+        }  # fmt: skip
+        return self._transport.send(calls.set_network(reference, rules))
+
+    def connections(
+        self, reference: str, *, since: float | None = None
+    ) -> builtins.list[Mapping[str, Any]]:
+        """Return what a sandbox with network rules reached or was refused, oldest first: the
+        latest, or those after a time, in seconds since 1970."""
+        found: builtins.list[Mapping[str, Any]] = self._transport.send(
+            calls.connections(reference, since)
+        )
+        return found
+
     def stats(self, reference: str) -> Mapping[str, float]:
         """Return a sandbox's current resource usage."""
         return self._transport.send(calls.stats(reference))
@@ -578,6 +610,28 @@ class Sandbox(SandboxFacts):
     def cost(self) -> Cost:
         """Return what it has cost since it was created, and what it costs now."""
         return self._client.cost(self.id)
+
+    def network(self) -> Mapping[str, Any]:
+        """Return what it may reach."""
+        return self._client.network(self.id)
+
+    def set_network(
+        self,
+        *,
+        egress: str = "allow",
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        inspect: Sequence[str] = (),
+        inject: Sequence[Mapping[str, Any]] = (),
+    ) -> Mapping[str, Any]:
+        """Replace what it may reach; see `Sandyard.set_network`."""
+        return self._client.set_network(
+            self.id, egress=egress, allow=allow, deny=deny, inspect=inspect, inject=inject
+        )
+
+    def connections(self, *, since: float | None = None) -> builtins.list[Mapping[str, Any]]:
+        """Return what it reached or was refused; see `Sandyard.connections`."""
+        return self._client.connections(self.id, since=since)
 
     def stats(self) -> Mapping[str, float]:
         """Return its current resource usage."""

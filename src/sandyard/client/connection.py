@@ -6,6 +6,7 @@ from typing import Any, Self, TypeVar
 from sandyard.client import calls, workspaces
 from sandyard.client.config import ClientConfig, find_config
 from sandyard.client.models import Snapshot, Workspace, snapshot_of
+from sandyard.client.secrets import AsyncSecretMethods, SecretMethods
 from sandyard.client.templates import AsyncTemplateMethods, TemplateMethods
 from sandyard.client.transport import AsyncTransport, Transport
 from sandyard.client.workspaces import AsyncWorkspaceFiles, WorkspaceFiles
@@ -13,7 +14,7 @@ from sandyard.client.workspaces import AsyncWorkspaceFiles, WorkspaceFiles
 T = TypeVar("T")
 
 
-class Connection(TemplateMethods):
+class Connection(TemplateMethods, SecretMethods):
     """A connection to a server, and the resources of an organization other than sandboxes.
 
     `Sandyard` adds the sandboxes.
@@ -97,7 +98,7 @@ class Connection(TemplateMethods):
                 return
 
 
-class AsyncConnection(AsyncTemplateMethods):
+class AsyncConnection(AsyncTemplateMethods, AsyncSecretMethods):
     """See `Connection`."""
 
     def __init__(

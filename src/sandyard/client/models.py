@@ -124,7 +124,8 @@ class TemplateVersion:
 
 @dataclass(frozen=True)
 class TemplateBuild:
-    """A build of a version. `status` is `queued`, `building`, `ready`, `failed` or `cancelled`."""
+    """A build of a version. `status` is `waiting` (for what to build), `queued`, `building`,
+    `ready`, `failed` or `cancelled`."""
 
     id: str
     slug: str
@@ -136,7 +137,29 @@ class TemplateBuild:
     @property
     def is_over(self) -> bool:
         """Whether it has ended."""
-        return self.status not in ("queued", "building")
+        return self.status not in ("waiting", "queued", "building")
+
+
+@dataclass(frozen=True)
+class RegistryCredential:
+    """A credential for a registry of container images, without its password."""
+
+    id: str
+    host: str
+    username: str
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A secret, without its value. `last_used_at` is when a connection that it was sent over last
+    ended."""
+
+    id: str
+    name: str
+    hosts: tuple[str, ...]
+    last_used_at: str | None
+    raw: Mapping[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ class ChangeOptions(TypedDict, total=False):
     expires_in: int
     """Seconds from now until its end; 0: none."""
     on_expiry: Literal["destroy", "pause"]
+    network: Mapping[str, Any]
+    """What it may reach: `egress` (`allow` or `deny`), `allow`, `deny`, `inspect` and `inject`.
+    Replaces all rules."""
 
 
 class CreateOptions(ChangeOptions, total=False):
@@ -42,7 +45,6 @@ class CreateOptions(ChangeOptions, total=False):
     root_password: str
     snapshot: str
     """The id or name of a snapshot to start from."""
-    network: Mapping[str, Any]
 
 
 class ListOptions(TypedDict, total=False):

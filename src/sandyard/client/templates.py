@@ -14,6 +14,7 @@ from sandyard.client.calls import Call, part_of
 from sandyard.client.errors import SandyardError
 from sandyard.client.models import (
     BuildLine,
+    RegistryCredential,
     TemplateBuild,
     TemplateInfo,
     TemplateVersion,
@@ -23,6 +24,7 @@ from sandyard.client.streams import Followed
 from sandyard.client.transport import AsyncTransport, Transport
 
 _TEMPLATES = "/v1/templates"
+_CREDENTIALS = "/v1/registry-credentials"
 _UPLOAD_S = 600.0
 _PIECE = 1024 * 1024
 OnLine = Callable[[BuildLine], object]
@@ -67,6 +69,14 @@ class Template:
     def from_image(self, image: str) -> Self:
         """Build on an image in a registry: `name[:tag][@digest]`."""
         return self._from(image=image)
+
+    def credentials(self, credential: str) -> Self:
+        """Set the id of a credential for the registry that the image or the Dockerfile needs."""
+        return self._with(credentials=credential)
+
+    def network(self, rules: Mapping[str, Any]) -> Self:
+        """Set what the build may reach; see `ChangeOptions.network`."""
+        return self._with(network=dict(rules))
 
     def from_archive(self, path: str | os.PathLike[str]) -> Self:
         """Build on an image in a file: from `docker save`, or an OCI layout in a tar archive."""
@@ -126,6 +136,15 @@ class Template:
     ) -> Self:
         """Set the default shape of sandboxes."""
         return self._with(defaults={"vcpus": vcpus, "memory": memory, "disk": disk})
+
+    def secret(self, name: str, value: str) -> Self:
+        """Give the build's commands a secret, as the file `/run/secrets/NAME` and as `id=NAME` of
+        `RUN --mount=type=secret`. It is in nothing that the build makes."""
+        return self._with(secrets={**self.fields.get("secrets", {}), name: value})
+
+    def force(self, is_forced: bool = True) -> Self:
+        """Use nothing that earlier builds have kept."""
+        return self._with(force=is_forced)
 
     def _from(self, **source: str) -> Self:
         left = {
@@ -240,6 +259,25 @@ def _delete(*parts: object) -> Call[None]:
     return Call("DELETE", _path(*map(str, parts)), _nothing)
 
 
+def _credential_of(raw: Mapping[str, Any]) -> RegistryCredential:
+    return RegistryCredential(raw["id"], raw["host"], raw["username"], raw)
+
+
+def _add_credential(host: str, username: str, password: str) -> Call[RegistryCredential]:
+    body = {"host": host, "username": username, "password": password}
+    return Call("POST", _CREDENTIALS, lambda a: _credential_of(a["data"]), body=body)
+
+
+def _credentials() -> Call[list[RegistryCredential]]:
+    return Call(
+        "GET", _CREDENTIALS, lambda a: [_credential_of(one) for one in a["data"]], safe=True
+    )
+
+
+def _delete_credential(credential: str) -> Call[None]:
+    return Call("DELETE", part_of(_CREDENTIALS, credential), _nothing)
+
+
 def _ended(following: Following) -> TemplateBuild:
     build = following.build
     if build is None:
@@ -309,6 +347,20 @@ class TemplateMethods:
         parts = (slug,) if version is None else (slug, "versions", version)
         self._transport.send(_delete(*parts))
 
+    def add_registry_credential(
+        self, host: str, username: str, password: str
+    ) -> RegistryCredential:
+        """Keep a name and a password for a registry. Builds name it by its id."""
+        return self._transport.send(_add_credential(host, username, password))
+
+    def registry_credentials(self) -> list[RegistryCredential]:
+        """Return the credentials for registries, newest first and without their passwords."""
+        return self._transport.send(_credentials())
+
+    def delete_registry_credential(self, credential: str) -> None:
+        """Delete a credential."""
+        self._transport.send(_delete_credential(credential))
+
 
 class AsyncTemplateMethods:
     """See `TemplateMethods`."""
@@ -365,6 +417,20 @@ class AsyncTemplateMethods:
         """See `Sandyard.delete_template`."""
         parts = (slug,) if version is None else (slug, "versions", version)
         await self._transport.send(_delete(*parts))
+
+    async def add_registry_credential(
+        self, host: str, username: str, password: str
+    ) -> RegistryCredential:
+        """See `Sandyard.add_registry_credential`."""
+        return await self._transport.send(_add_credential(host, username, password))
+
+    async def registry_credentials(self) -> list[RegistryCredential]:
+        """See `Sandyard.registry_credentials`."""
+        return await self._transport.send(_credentials())
+
+    async def delete_registry_credential(self, credential: str) -> None:
+        """See `Sandyard.delete_registry_credential`."""
+        await self._transport.send(_delete_credential(credential))
 
 
 async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
