@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support import postgres
@@ -24,6 +25,9 @@ _TOO_LATE = "NOT RUN: the time for tests was over; scripts/test without --within
 
 
 compile_once()
+# A busy machine is not what these tests are about.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 
 def pytest_configure() -> None:

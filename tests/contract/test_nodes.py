@@ -37,6 +37,7 @@ from sandyard.server.core.contracts.node import (
     TemplateStatus,
     Way,
 )
+from sandyard.server.core.egress import NO_RULES, Egress, Policy
 from sandyard.server.core.errors import (
     Code,
     ConflictError,
@@ -483,6 +484,43 @@ async def test_a_machine_is_put_back_to_a_snapshot(subject: Subject) -> None:
 
 
 # --- room, and what is told ---------------------------------------------------------------------
+
+
+async def test_network_rules_come_with_a_machine_and_change_while_it_runs(
+    subject: Subject,
+) -> None:
+    first, second = Policy(Egress.DENY, ("a.test",)), Policy(Egress.DENY, ("b.test",))
+    wish = await subject.start(replace(a_wish(new_sandbox_id()), policy=first, version=3))
+    control = subject.control
+
+    async def digest() -> str:
+        fact = await subject.fact(wish)
+        assert fact is not None
+        return fact.rules
+
+    assert await digest() == first.digest
+    await control.ensure_network(wish.sandbox_id, incarnation=1, policy=second, version=5)
+    assert await digest() == second.digest
+    with pytest.raises(ConflictError):  # it was sent before, and came later
+        await control.ensure_network(wish.sandbox_id, incarnation=1, policy=first, version=4)
+    assert await digest() == second.digest
+    await control.ensure_paused(wish.sandbox_id, incarnation=1, version=6)
+    with pytest.raises(ConflictError):
+        await control.ensure_network(wish.sandbox_id, incarnation=1, policy=first, version=7)
+    await control.ensure_running(
+        replace(wish, incarnation=2, origin=Origin.OWN, policy=NO_RULES, version=8)
+    )
+    assert await digest() == ""
+    with pytest.raises(NotFoundError):
+        await control.ensure_network(new_sandbox_id(), incarnation=1, policy=first)
+
+
+async def test_a_sandbox_without_rules_has_an_empty_journal(subject: Subject) -> None:
+    wish = await subject.start()
+    assert await subject.control.connections(wish.sandbox_id) == ()
+    assert await subject.control.connections(wish.sandbox_id, since=5.0) == ()
+    with pytest.raises(NotFoundError):
+        await subject.control.connections(new_sandbox_id())
 
 
 async def test_a_node_says_what_it_holds_and_what_it_could_take(subject: Subject) -> None:

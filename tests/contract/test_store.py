@@ -37,6 +37,7 @@ from sandyard.server.core.errors import AlreadyExistsError, InternalError, Unava
 from sandyard.server.core.ids import digest_of_key, new_sandbox_id, new_uuid
 from sandyard.server.core.money import Account
 from sandyard.server.core.records import (
+    ACTIVE_BUILDS,
     Activity,
     ActivityQuery,
     ApiKey,
@@ -58,10 +59,12 @@ from sandyard.server.core.records import (
     Project,
     Quarantined,
     Reason,
+    RegistryCredential,
     RequestKey,
     RevokedKey,
     Sandbox,
     SandboxQuery,
+    Secret,
     Snapshot,
     SshKey,
     Standing,
@@ -73,6 +76,7 @@ from sandyard.server.core.records import (
     UsagePeriod,
     User,
     VersionAbout,
+    VersionKey,
     Workspace,
 )
 from sandyard.server.core.shapes import Shape, ShapeSeconds
@@ -89,7 +93,7 @@ from sandyard.server.service.people.organizations import SignUp
 
 NOW = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 KEY = b"k" * 32
-NEWEST, FIRST_FLOOR = "0018", "0016"
+NEWEST, FIRST_FLOOR = "0023", "0016"
 ORG, OTHER = new_uuid(), new_uuid()
 USER, PROJECT = new_uuid(), new_uuid()
 
@@ -238,7 +242,7 @@ async def test_a_sandbox_comes_back_as_it_was_stored(store: Store) -> None:
         name="ünï 🏖", tags=("b", "a"), env={"A": "\U0001f600"}, authorized_keys=("ssh-ed25519 x",),
         root_password_hash="$2b$x", metadata={"deep": [1, None, {"x": "y"}]}, auto_resume=False,
         expires_at=NOW + timedelta(days=1), lives_s=86_400, pauses_at_end=True,
-        node_id="n", driver="d", ip="10.0.0.1", os="o",
+        public_ports=True, port_host="x:${PORT}", node_id="n", driver="d", ip="10.0.0.1", os="o",
         reason=Reason("c", "m"), started_at=NOW, paused_at=NOW, last_activity_at=NOW,
         last_activity_kind="exec",
     )  # fmt: skip
@@ -1162,6 +1166,14 @@ async def test_a_snapshot_is_held_while_it_is_made(store: Store) -> None:
         assert await tx.snapshots.complete(shot.id, size_bytes=7)
         found = await tx.snapshots.find(ORG, shot.id) or shot
         assert (found.is_made(NOW), found.size_bytes, found.held_until) == (False, 7, None)
+        other = replace(shot, id=new_uuid(), name="other")
+        await tx.snapshots.insert(other)
+        await tx.snapshots.rename(other.id, None)
+        await tx.snapshots.rename(shot.id, "other")
+        names = {one.id: one.name for one in await tx.snapshots.on_node("n")}
+        assert names == {shot.id: "other", other.id: None}
+        await tx.snapshots.remove(other.id, at=NOW)
+        await tx.snapshots.forget([other.id])
         assert await tx.snapshots.remove(shot.id, at=NOW)
         assert not await tx.snapshots.extend(shot.id, held_until=until)
         assert not await tx.snapshots.remove(shot.id, at=NOW)
@@ -1495,6 +1507,7 @@ async def test_templates_and_their_versions(store: Store) -> None:
         assert await tx.versions.about(ORG, "t", "d1") == ABOUT
         assert await tx.versions.about(ORG, "t", "d3") is None
         assert await tx.versions.removed() == []
+        assert await tx.versions.every() == [_key(one) for one in (first, second, third)]
         assert not await tx.versions.is_used(first)
     await insert(store, sandbox(template="t@d1", status=Status.RUNNING))
     await insert(store, sandbox(template="t@d2", status=Status.DESTROYED))
@@ -1502,6 +1515,7 @@ async def test_templates_and_their_versions(store: Store) -> None:
         assert await tx.versions.remove(second, at=NOW)
         assert not await tx.versions.remove(second, at=NOW)
         assert await tx.versions.of(ORG, "t") == [first]
+        assert await tx.versions.every() == [_key(one) for one in (first, third)]
         assert not await tx.versions.is_kept(second)
         assert await tx.versions.is_kept(first)
         assert await tx.versions.is_used(first)
@@ -1516,6 +1530,10 @@ async def test_templates_and_their_versions(store: Store) -> None:
         assert [one.build_id for one in await tx.versions.removed()] == [first.build_id]
         assert await tx.versions.of(OTHER, "t") == [third]
         assert await tx.templates.find(OTHER, "t") == theirs
+
+
+def _key(version: TemplateVersion) -> VersionKey:
+    return VersionKey(version.org_id, version.slug, version.digest)
 
 
 def build(**changes: Any) -> Build:
@@ -1546,17 +1564,102 @@ async def test_a_build_is_worked_on_by_one_server_at_a_time(store: Store) -> Non
         assert not await tx.builds.cancel(OTHER, first.id, at=NOW)
         cancelled = replace(working, is_cancelled=True)
         assert await tx.builds.save(working, lease="1", lasts=HALF_A_MINUTE) == cancelled
-        assert await tx.builds.active(ORG) == 2
+        assert await tx.builds.count(ORG, *ACTIVE_BUILDS) == 2
         ended = replace(working, status=BuildStatus.CANCELLED, ended_at=NOW, error="why")
         assert await tx.builds.save(ended, lease="1", lasts=None) is not None
         assert not await tx.builds.cancel(ORG, first.id, at=NOW)
         assert await tx.builds.claim("a", lease="5", lasts=HALF_A_MINUTE) is None
     async with store.read() as tx:
-        assert await tx.builds.active(ORG) == 1
+        assert await tx.builds.count(ORG, *ACTIVE_BUILDS) == 1
         assert await tx.builds.find(ORG, first.id) == replace(ended, is_cancelled=True)
         assert await tx.builds.find(OTHER, first.id) is None
         assert [one.number for one in await tx.builds.page(ORG, "t", limit=9)] == [2, 1]
         assert [one.number for one in await tx.builds.page(ORG, "t", limit=1)] == [2]
+    # The second one's server has its lease, and later does not return.
+    async with store.write(Turn.SHARED) as tx:
+        day = later + timedelta(days=1)
+        assert await tx.builds.give_up(before=day, at=NOW, error="gone") == []
+        assert await tx.builds.save(second, lease="4", lasts=None) is not None
+        assert await tx.builds.give_up(before=later, at=NOW, error="gone") == []
+        (given_up,) = await tx.builds.give_up(before=day, at=NOW, error="gone")
+        assert (given_up.id, given_up.status) == (second.id, BuildStatus.FAILED)
+        assert (given_up.error, given_up.ended_at) == ("gone", NOW)
+        third = build(number=3)  # any server can work on it
+        await tx.builds.add(third)
+        assert await tx.builds.give_up(before=day, at=NOW, error="gone") == []
+
+
+async def test_a_build_waits_to_be_described(store: Store) -> None:
+    first, second = (build(status=BuildStatus.WAITING, plan={"tags": [n]}) for n in ("a", "b"))
+    async with store.write(ORG) as tx:
+        for one in (first, second):
+            await tx.builds.add(one)
+    async with store.write(Turn.SHARED) as tx:
+        assert await tx.builds.claim("a", lease="1", lasts=HALF_A_MINUTE) is None
+        assert await tx.builds.count(ORG, BuildStatus.WAITING) == 2
+        assert await tx.builds.count(ORG, *ACTIVE_BUILDS) == 0
+        assert await tx.builds.count(OTHER, BuildStatus.WAITING) == 0
+        assert await tx.builds.waiting(ORG, first.id) == first
+        assert await tx.builds.waiting(OTHER, first.id) is None
+        described = replace(first, status=BuildStatus.QUEUED, plan={"run": ["x"]}, server_id="a")
+        assert await tx.builds.describe(described)
+        assert not await tx.builds.describe(described)
+        assert await tx.builds.waiting(ORG, first.id) is None
+        assert await tx.builds.claim("a", lease="1", lasts=HALF_A_MINUTE) == described
+        await tx.builds.expire(before=NOW, at=NOW, error="late")
+        assert await tx.builds.waiting(ORG, second.id) == second
+        await tx.builds.expire(before=NOW + HALF_A_MINUTE, at=NOW, error="late")
+        ended = await tx.builds.find(ORG, second.id)
+        assert ended is not None
+        assert (ended.status, ended.ended_at, ended.error) == (BuildStatus.FAILED, NOW, "late")
+        assert not await tx.builds.describe(second)
+        third = build(status=BuildStatus.WAITING)
+        await tx.builds.add(third)
+        assert await tx.builds.cancel(ORG, third.id, at=NOW)
+        assert not await tx.builds.describe(third)
+        assert await tx.builds.count(ORG, BuildStatus.WAITING) == 0
+
+
+async def test_credentials_for_registries(store: Store) -> None:
+    first = RegistryCredential(new_uuid(), ORG, USER, "ghcr.io", "me", "pa:ss ünï", NOW)
+    second = replace(first, id=new_uuid(), created_at=NOW + HALF_A_MINUTE)
+    async with store.write(ORG) as tx:
+        await tx.credentials.add(first)
+        await tx.credentials.add(second)
+    async with store.write(ORG) as tx:
+        assert await tx.credentials.of(ORG) == [second, first]
+        assert await tx.credentials.of(OTHER) == []
+        assert await tx.credentials.find(ORG, first.id) == first
+        assert await tx.credentials.find(OTHER, first.id) is None
+        assert not await tx.credentials.remove(OTHER, first.id)
+        assert await tx.credentials.remove(ORG, first.id)
+        assert not await tx.credentials.remove(ORG, first.id)
+
+
+async def test_secrets_of_organizations(store: Store) -> None:
+    first = Secret(new_uuid(), ORG, "TOKEN", ("a.test", "*.b.test"), "v\u00e4lue", NOW, NOW)
+    other = replace(first, id=new_uuid(), name="OTHER")
+    async with store.write(ORG) as tx:
+        await tx.org_secrets.add(first)
+        await tx.org_secrets.add(other)
+    with pytest.raises(AlreadyExistsError):
+        async with store.write(ORG) as tx:
+            await tx.org_secrets.add(replace(first, id=new_uuid()))
+    async with store.write(ORG) as tx:
+        assert await tx.org_secrets.of(ORG) == [other, first], "by name"
+        assert await tx.org_secrets.of(OTHER) == []
+        assert await tx.org_secrets.find(OTHER, "TOKEN") is None
+        later = replace(first, value="next", hosts=("c.test",), changed_at=NOW + HALF_A_MINUTE)
+        assert await tx.org_secrets.replace(later)
+        assert not await tx.org_secrets.replace(replace(later, org_id=OTHER))
+        await tx.org_secrets.used(ORG, "TOKEN", at=NOW + HALF_A_MINUTE)
+        await tx.org_secrets.used(ORG, "TOKEN", at=NOW)
+        assert await tx.org_secrets.find(ORG, "TOKEN") == replace(
+            later, last_used_at=NOW + HALF_A_MINUTE
+        )
+        assert not await tx.org_secrets.remove(OTHER, "TOKEN")
+        assert await tx.org_secrets.remove(ORG, "TOKEN")
+        assert not await tx.org_secrets.remove(ORG, "TOKEN")
 
 
 async def test_the_log_of_a_build_and_uploads(store: Store) -> None:

@@ -4,11 +4,13 @@ Each address that must be out of reach is first shown to be reachable from the h
 the sandbox with the rules taken away: silence alone would prove nothing.
 """
 
+import os
 import re
+import signal
 import subprocess
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -444,3 +446,62 @@ def test_connections_that_were_open_see_a_reset_after_a_resume(
     finally:
         listener.kill()
         listener.wait()
+
+
+def egress_process(server: RealServer, box: str) -> list[int]:
+    """Return the processes that enforce a sandbox's rules."""
+    uid = server.egress_uids()[int(server.record_of(box)["slot"])]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            if re.search(rf"^Uid:\s+{uid}\s", path.read_text(), re.MULTILINE):
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_network_rules_hold_over_pauses_forks_and_the_servers_end(
+    server: RealServer, world: None
+) -> None:
+    rules = {"egress": "deny", "allow": [PUBLIC]}
+    box = str(server.create(network=rules)["id"])
+    other = "203.0.113.78"
+    ip("-n", NETNS, "addr", "add", f"{other}/24", "dev", "w0")
+    ip("route", "add", f"{other}/32", "via", NEIGHBOUR)
+    wait_until(lambda: from_host(other), what="the other address answers")
+
+    def holds(box: str) -> bool:
+        return reaches(server, box, PUBLIC) and not reaches(server, box, other)
+
+    assert holds(box)
+    named = server.execute(box, "getent ahostsv4 example.com || echo unknown", timeout=20_000)
+    assert "unknown" in str(named["stdout"])
+    server.act(box, "pause")
+    server.wait_running(server.act(box, "resume")["id"])
+    assert holds(box)
+    (fork,) = server.act(box, "fork", count=1)
+    server.wait_running(fork["id"])
+    assert holds(str(fork["id"]))
+    server.delete(fork["id"])
+    # The server dies, and its process of the rules lives; then that dies, too, and another comes.
+    [pid] = egress_process(server, box)
+    server.kill()
+    os.kill(pid, 0)
+    server.start()
+    assert holds(box)
+    assert egress_process(server, box) == [pid]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: holds(box), what="the rules hold again")
+    answer = server.client.put(f"/v1/sandboxes/{box}/network", json={"deny": [PUBLIC]})
+    assert answer.status_code == 200, answer.text
+    assert reaches(server, box, other)
+    assert not reaches(server, box, PUBLIC)
+    lines = server.client.get(f"/v1/sandboxes/{box}/egress").json()["data"]
+    assert {(one["verdict"], one["address"]) for one in lines} >= {
+        ("allowed", PUBLIC), ("refused", other), ("allowed", other), ("refused", PUBLIC),
+    }  # fmt: skip
+    # Without rules there is nothing in between.
+    assert server.client.put(f"/v1/sandboxes/{box}/network", json={}).status_code == 200
+    assert egress_process(server, box) == []
+    assert reaches(server, box, PUBLIC)
+    server.delete(box)
+    ip("route", "del", f"{other}/32")

@@ -429,7 +429,15 @@ async def test_stats_are_told_in_full(yard: Yard) -> None:
         ({"metadata": {"a": ["\ud800"]}}, "metadata"),
         ({"metadata": {"a": nested(100)}}, "metadata"),
         ({"snapshot": "s"}, "snapshot"),
-        ({"network": {"egress": "deny"}}, "network"),
+        ({"network": {"egress": "maybe"}}, "network.egress"),
+        ({"network": {"allow": ["*"]}}, "network.allow"),
+        ({"network": {"allow": [5]}}, "network.allow.0"),
+        ({"network": {"deny": ["example.com"]}}, "network.deny"),
+        ({"network": {"inspect": ["example.com:443"]}}, "network.inspect"),
+        ({"network": {"inject": [{"host": "example.com"}]}}, "network.inject.0.headers"),
+        ({"network": {"inject": [{"host": "a.com", "headers": {}}]}}, "network.inject"),
+        ({"network": {"inject": [{"host": "a.com", "headers": {"X": "${B}"}}]}}, "network.inject"),
+        ({"network": ["deny"]}, "network"),
         ({"expiresIn": 0}, "expiresIn"),
         ({"onExpiry": "explode"}, "onExpiry"),
         ([], "body"),
@@ -586,7 +594,7 @@ async def test_head_is_get_without_its_body(yard: Yard) -> None:
 
 async def test_what_is_not_built_yet_says_so_and_not_that_it_is_gone(yard: Yard) -> None:
     for method, path in (
-        ("POST", "/v1/registry-credentials"), ("GET", "/v1/x"),
+        ("POST", "/v1/webhooks"), ("GET", "/v1/webhooks/x"), ("GET", "/v1/x"),
     ):  # fmt: skip
         answer = await yard.client.request(method, path)
         wanted = (404, "not_found") if path == "/v1/x" else (501, "not_implemented")
@@ -785,3 +793,75 @@ async def test_a_record_that_cannot_be_read_costs_no_disk(tmp_path: Path) -> Non
     (folder / "resident.json").write_text("{broken")
     async with open_yard(tmp_path, host=host):
         assert (folder / "body-1/disk.ext4").exists()
+
+
+async def test_secrets_over_http(yard: Yard) -> None:
+    body = {"name": "github", "value": "hidden-7c1", "hosts": ["API.github.com", "*.github.com"]}
+    answer = await yard.client.post("/v1/secrets", json=body)
+    assert answer.status_code == 201
+    made = answer.json()["data"]
+    assert set(made) == {"id", "name", "hosts", "createdAt", "changedAt", "lastUsedAt"}
+    assert (made["name"], made["hosts"]) == ("GITHUB", ["api.github.com", "*.github.com"])
+    assert (await yard.client.post("/v1/secrets", json=body)).status_code == 409
+    assert (await yard.client.get("/v1/secrets")).json()["data"] == [made]
+    inject = [{"host": "api.github.com", "headers": {"Authorization": "Bearer ${GITHUB}"}}]
+    box = await yard.create(network={"inject": inject})
+    path = f"/v1/sandboxes/{box['id']}/network"
+    shown = (await yard.client.get(path)).json()["data"]
+    assert shown == {"egress": "allow", "allow": [], "deny": [], "inspect": [], "inject": inject}
+    wrong = {"inject": [{"host": "example.com", "headers": {"X": "${GITHUB}"}}]}
+    answer = await yard.client.put(path, json=wrong)
+    assert (answer.status_code, "and not for example.com" in answer.text) == (400, True)
+    answer = await yard.client.put("/v1/secrets/github", json={"value": "hidden-8d2"})
+    assert (answer.status_code, "hidden" in answer.text) == (200, False)
+    bodies: list[tuple[dict[str, object], str]] = [
+        ({"name": "a-b"}, "name"), ({"name": "1A"}, "name"), ({"value": ""}, "value"),
+        ({"value": "a\nb"}, "value"), ({"value": " a"}, "value"),
+        ({"value": "x" * 17_000}, "value"),
+        ({"hosts": []}, "hosts"), ({"hosts": ["*"]}, "hosts"), ({"hosts": ["1.2.3.4"]}, "hosts"),
+        ({"hosts": ["a.com:443"]}, "hosts"),
+    ]  # fmt: skip
+    for wrong_, field in bodies:
+        answer = await yard.client.post("/v1/secrets", json=body | {"name": "OTHER"} | wrong_)
+        assert answer.status_code == 400, wrong_
+        assert field in answer.json()["error"]["message"], answer.text
+    assert (await yard.client.put("/v1/secrets/GITHUB", json={})).status_code == 400
+    for name in ("NONE", "a%00b"):
+        answer = await yard.client.put(f"/v1/secrets/{name}", json={"value": "x"})
+        assert answer.status_code in (400, 404)
+    answer = await yard.client.delete("/v1/secrets/GITHUB")
+    assert answer.json()["data"] == {"id": made["id"], "deleted": True}
+    assert (await yard.client.delete("/v1/secrets/GITHUB")).status_code == 404
+    lines = (await yard.client.get("/v1/activity")).json()["data"]["events"]
+    assert {"secret.added", "secret.replaced", "secret.deleted"} <= {
+        one["eventType"] for one in lines
+    }
+    assert "hidden" not in str(lines)
+
+
+async def test_network_rules_over_http(yard: Yard) -> None:
+    made = await yard.create(network={"egress": "deny", "allow": ["GitHub.com", "github.com:22"]})
+    path = f"/v1/sandboxes/{made['id']}"
+    no_tls: dict[str, object] = {"inspect": [], "inject": []}
+    shown: dict[str, object] = {
+        "egress": "deny", "allow": ["github.com", "github.com:22"], "deny": [], **no_tls,
+    }  # fmt: skip
+    assert (await yard.client.get(f"{path}/network")).json()["data"] == shown
+    answer = await yard.client.put(f"{path}/network", json={"deny": ["203.0.113.7"]})
+    shown = {"egress": "allow", "allow": [], "deny": ["203.0.113.7/32"], **no_tls}
+    assert (answer.status_code, answer.json()["data"]) == (200, shown)
+    answer = await yard.client.patch(path, json={"name": "ruled"})
+    assert (await yard.client.get(f"{path}/network")).json()["data"] == shown, "as they were"
+    answer = await yard.client.patch(path, json={"network": {"egress": "deny"}})
+    assert answer.status_code == 200
+    shown = {"egress": "deny", "allow": [], "deny": [], **no_tls}
+    assert (await yard.client.get("/v1/sandboxes/ruled/network")).json()["data"] == shown
+    bodies: list[object] = [{"egress": "off"}, {"allow": ["a b"]}, {"deny": ["a.com"]}, []]
+    for body in bodies:
+        answer = await yard.client.put(f"{path}/network", json=body)
+        assert answer.status_code == 400, body
+    assert (await yard.client.get(f"{path}/egress")).json()["data"] == []
+    assert (await yard.client.get(f"{path}/egress?since=-1")).status_code == 400
+    for method, below in (("GET", "network"), ("PUT", "network"), ("GET", "egress")):
+        answer = await yard.client.request(method, f"/v1/sandboxes/nobodys/{below}", json={})
+        assert answer.status_code == 404

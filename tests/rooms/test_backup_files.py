@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from sandyard.server.app import backup_files
 from sandyard.server.app.backup_files import Include
 from sandyard.server.app.backups import About, backup, compare, restore
 from sandyard.server.core.errors import UnavailableError, UnsupportedError
+from sandyard.server.core.records import VersionAbout
+from sandyard.server.core.shapes import Shape
+from sandyard.server.node.images.versions import Versions
 
 WORD = "correct horse"
 SECTIONS = {"workspaces": {"volumes": "folders"}}
@@ -44,6 +48,17 @@ def fill(place: Path) -> None:
     os.chown(place / "kept", 4321, 1234)
     (place / "kept").chmod(0o640)
     os.utime(place / "kept", ns=(1, 1_234_567_890_123_456_789))
+
+
+async def a_version(home: Path) -> str:
+    """Keep a version of a template, and return its name."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield bytes(1024) + b"\xe2\xe1\xf5\xe0" + bytes(100_000)
+
+    about = VersionAbout("mine", "Linux", "headless", Shape(1, 512, 1024))
+    kept = await Versions(home / "versions").keep(about, pieces(), size_max=2**20)
+    return kept.name
 
 
 def seen_of(place: Path) -> dict[bytes, object]:
@@ -84,8 +99,10 @@ async def test_paused_machines_snapshots_and_workspaces_come_back_to_an_empty_ho
         place = await a_workspace(yard, "Work")
         fill(place)
         before = seen_of(place)
+        version = await a_version(home)
         about, said = await back_up(yard, file, *Include)
-        assert about.include == ("paused", "snapshots", "workspaces")
+        assert about.include == ("paused", "snapshots", "templates", "workspaces")
+        assert "copying 1 versions of templates" in said
         assert "leaving out 1 sandboxes that are not paused" in said
         await yard.act(runs, "pause")
         assert compare(settings, file, WORD)[1] == []
@@ -98,6 +115,11 @@ async def test_paused_machines_snapshots_and_workspaces_come_back_to_an_empty_ho
     assert not home.exists()
     await asyncio.to_thread(restore, settings, file, WORD)
     assert seen_of(place) == before
+    assert Versions(home / "versions").names() == [version]
+    assert [oct(one.stat().st_mode) for one in (home / "versions").glob("*/*")] == [
+        "0o100600", "0o100444",
+    ]  # fmt: skip
+    assert (home / "versions").stat().st_mode & 0o777 == 0o711
     assert (place / "holes").stat().st_blocks * 512 < 2**20
     assert not [one for one in home.iterdir() if one.name.startswith(".")]
     assert not [one for one in (home / "images").iterdir() if one.name.startswith(".")]

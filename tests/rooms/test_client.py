@@ -2,6 +2,10 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -9,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import anyio
+import httpx
 import pytest
 from tests.support.door import Door, door
 from tests.support.ports import free_port
@@ -430,3 +435,99 @@ async def test_what_may_have_been_done_is_not_done_again() -> None:
     async with bad_server(busy, busy, answer(200, GOOD)) as (url, asked):
         await concurrently(lambda: one_call(url, lambda yard: yard.delete("x")))
         assert len(asked) == 3
+
+
+INJECT = [{"host": "a.test", "headers": {"X-Key": "k ${TOKEN}"}}]
+
+
+async def test_secrets_and_network_rules(opened: Door) -> None:
+    with yard_of(opened) as yard:
+        made = await concurrently(lambda: yard.add_secret("token", "hidden-1", ["a.test"]))
+        assert (made.name, made.hosts, made.last_used_at) == ("TOKEN", ("a.test",), None)
+        with pytest.raises(ApiError, match="there is one of that name"):
+            await concurrently(lambda: yard.add_secret("TOKEN", "hidden-1", ["a.test"]))
+        box = await concurrently(
+            lambda: yard.create("base-minimal", network={"inject": INJECT}, wait_s=20)
+        )
+        assert (await concurrently(box.network))["inject"] == INJECT
+        rules = await concurrently(
+            lambda: box.set_network(egress="deny", allow=["a.test"], inspect=["b.test"])
+        )
+        assert (rules["egress"], rules["inspect"], rules["inject"]) == ("deny", ["b.test"], [])
+        assert await concurrently(box.connections) == []
+        changed = await concurrently(lambda: yard.replace_secret("Token", hosts=["*.a.test"]))
+        assert changed.hosts == ("*.a.test",)
+        assert [one.name for one in await concurrently(yard.secrets)] == ["TOKEN"]
+        await concurrently(lambda: yard.delete_secret("TOKEN"))
+    async with async_yard_of(opened) as yard:
+        await yard.add_secret("TOKEN", "hidden-2", ["a.test"])
+        assert (await yard.replace_secret("TOKEN", "hidden-3")).name == "TOKEN"
+        box_ = await yard.get(box.id)
+        assert (await box_.set_network(inject=INJECT))["inject"] == INJECT
+        assert (await box_.network())["egress"] == "allow"
+        assert await box_.connections() == []
+        assert len(await yard.secrets()) == 1
+        await yard.delete_secret("TOKEN")
+        with pytest.raises(NotFoundError):
+            await yard.delete_secret("TOKEN")
+
+
+async def test_the_command_line_keeps_secrets_and_rules(opened: Door, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "SANDYARD_URL": f"http://127.0.0.1:{opened.port}", "SANDYARD_API_KEY": opened.yard.key,
+        "HOME": str(tmp_path), "COLUMNS": "200",
+    }  # fmt: skip
+
+    async def run(*words: str, stdin: str = "", ends: int = 0) -> str:
+        command = [str(Path(sys.executable).parent / "sandyard"), *words]
+        done = await concurrently(
+            lambda: subprocess.run(
+                command, env=environment, input=stdin, capture_output=True, text=True, timeout=60
+            )
+        )
+        assert done.returncode == ends, (done.stdout, done.stderr)
+        return done.stdout + done.stderr
+
+    assert "--host" in await run("secret", "set", "TOKEN", stdin="hidden-1\n", ends=2)
+    said = await run("secret", "set", "token", "--host", "a.test", stdin="hidden-1\n")
+    assert said == "set TOKEN\n"
+    inject = ("--inject", "a.test:X-Key: k ${TOKEN}", "--inject", "a.test:X-Other:v:w")
+    await run(
+        "sandbox", "create", "--template", "base-minimal", "--name", "ruled", "--deny-all",
+        "--allow", "a.test", *inject,
+    )  # fmt: skip
+    said = await run("sandbox", "network", "ruled")
+    assert "inject   a.test  X-Key: k ${TOKEN}\ninject   a.test  X-Other: v:w\n" in said
+    assert "deny   everything else" in said
+    assert "all earlier rules go" in await run("sandbox", "network", "ruled", *inject, ends=2)
+    assert "HOST:HEADER:VALUE" in await run(
+        "sandbox", "network", "ruled", "--allow-all", "--inject", "a.test", ends=2
+    )
+    said = await run("sandbox", "network", "ruled", "--allow-all", "--inspect", "b.test")
+    assert "inspect  b.test" in said
+    value = tmp_path / "value"
+    value.write_text("hidden-2\n")
+    await run("secret", "set", "TOKEN", "--value-file", str(value))
+    said = await run("secret", "list")
+    assert "TOKEN" in said
+    assert "a.test" in said
+    assert "hidden" not in said
+    await run("secret", "delete", "token")
+    assert "check its name" in await run("secret", "delete", "token", ends=1)
+    [folder] = tmp_path.glob("**/machines/machine-*")
+    line = {"time": time.time(), "verdict": "refused", "rule": "egress", "name": "c.test"}
+    (folder / "egress-1.log").write_text(json.dumps(line) + "\n")
+    assert "refused  c.test:0  (egress)" in await run("sandbox", "egress", "ruled")
+    # And by an event, over a connection that stays open.
+    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {opened.yard.key}"}) as client:
+        url = f"http://127.0.0.1:{opened.port}/v1/sandboxes/ruled/egress"
+        async with client.stream("GET", url, params={"follow": "true"}, timeout=20) as answer:
+            lines = answer.aiter_lines()
+            async with asyncio.timeout(20):
+                while "c.test" not in (await anext(lines)):
+                    pass
+                later = {**line, "time": time.time() + 1, "name": "d.test"}
+                with (folder / "egress-1.log").open("a") as file:
+                    file.write(json.dumps(later) + "\n")
+                while "d.test" not in (await anext(lines)):
+                    pass

@@ -190,11 +190,16 @@ async def test_code_is_interrupted_if_its_client_leaves(
 
 async def begun(yard: Yard, box: Mapping[str, object], context: Mapping[str, Any]) -> Any:
     """Run code that does not end, and return once it runs."""
+
+    async def fed() -> int:
+        listed = (await yard.client.get(f"/v1/sandboxes/{box['id']}/processes")).json()["data"]
+        return int(listed[-1]["inputBytes"])
+
+    before = await fed()
     running = asyncio.ensure_future(run(yard, box, context, "hang"))
 
     async def runs() -> bool:
-        listed = (await yard.client.get(f"/v1/sandboxes/{box['id']}/processes")).json()["data"]
-        return bool(listed[-1]["inputBytes"])
+        return await fed() > before
 
     await eventually(runs)
     return running
@@ -223,6 +228,24 @@ async def test_a_restart_ends_what_runs_and_leaves_one_interpreter(yard: Yard) -
         listed = (await yard.client.get(f"/v1/sandboxes/{box['id']}/processes")).json()["data"]
         assert [one["status"] for one in listed].count("running") == 1
         assert (await run(yard, box, context, "print x"))[0][0] == "stdout"
+
+
+async def test_code_that_is_run_during_restarts_finds_its_context(yard: Yard) -> None:
+    box = await yard.create()
+    context = await made(yard, box)
+    restart = path_of(box, context["id"], "restart")
+
+    async def restarts() -> None:
+        for _ in range(5):
+            assert (await yard.client.post(restart)).status_code == 200
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(restarts())
+        heard = [tasks.create_task(run(yard, box, context, "print x")) for _ in range(20)]
+    for (_, _, said), end in (one.result() for one in heard):
+        assert said.get("text") == "x" or said["name"] == "InterpreterEnded"
+        assert end == END
+    assert (await run(yard, box, context, "print x"))[0][0] == "stdout"
 
 
 async def test_a_context_has_one_turn_under_every_name_of_its_sandbox(yard: Yard) -> None:

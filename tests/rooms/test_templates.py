@@ -166,6 +166,47 @@ async def test_another_organizations_templates_are_not_there(yard: Yard) -> None
         assert answer.json()["data"]["version"] == 1
 
 
+async def test_credentials_are_named_by_id_and_never_shown(yard: Yard) -> None:
+    route = "/v1/registry-credentials"
+    body = {"host": "ghcr.io", "username": "me", "password": "of-mine-alone"}
+    answer = await yard.client.post(route, json=body)
+    assert answer.status_code == 201, answer.text
+    made = answer.json()["data"]
+    assert set(made) == {"id", "host", "username", "createdAt"}
+    listed = await yard.client.get(route)
+    assert [one["id"] for one in listed.json()["data"]] == [made["id"]]
+    feed = await yard.client.get("/v1/activity")
+    assert "of-mine-alone" not in answer.text + listed.text + feed.text
+    assert b"of-mine-alone" not in await yard.written()
+    for wrong in (
+        {"host": "http://ghcr.io"}, {"host": "a/b"}, {"host": ""}, {"host": "-a"},
+        {"username": ""}, {"username": "a:b"}, {"password": ""}, {"password": "a\nb"},
+        {"password": None},
+    ):  # fmt: skip
+        answer = await yard.client.post(route, json={**body, **wrong})
+        assert answer.status_code == 400, wrong
+        assert answer.json()["error"]["details"]["field"] == next(iter(wrong))
+        assert "of-mine-alone" not in answer.text
+
+    await post(yard, image="ghcr.io/a/b:1", credentials=made["id"])
+    await post(yard, dockerfile="FROM ghcr.io/a/b", credentials=made["id"])
+    for more in (
+        {"image": "alpine"}, {"image": "docker.io/a/b"}, {"image": "ghcr.io:444/a/b"},
+        {"base": "base-minimal"},
+    ):  # fmt: skip
+        error = await post(yard, 400, credentials=made["id"], **more)
+        assert error["details"]["field"] == "credentials", more
+    async with yard.client_of(await yard.stranger()) as stranger:
+        wish = {"slug": "x", "image": "ghcr.io/a/b", "credentials": made["id"]}
+        answer = await stranger.post(ROUTE, json=wish)
+        assert (answer.status_code, answer.json()["error"]["details"]["field"]) == (
+            400, "credentials",
+        )  # fmt: skip
+        assert (await stranger.delete(f"{route}/{made['id']}")).status_code == 404
+    assert (await yard.client.delete(f"{route}/{made['id']}")).status_code == 200
+    assert (await yard.client.delete(f"{route}/{made['id']}")).status_code == 404
+
+
 async def test_scopes_are_needed(yard: Yard) -> None:
     org_id, user_id = await yard.first()
     made = await post(yard, base="base-minimal")

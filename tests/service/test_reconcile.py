@@ -159,6 +159,32 @@ async def test_one_that_is_paused_at_its_end_has_another_whenever_it_is_resumed(
     await desk.services.sandboxes.delete(desk.actor, box.id, wait=False)
 
 
+@pytest.mark.parametrize("keeps_memory", [True, False])
+async def test_a_pause_at_the_end_may_leave_only_the_disk(desk: Desk, keeps_memory: bool) -> None:
+    box = await desk.create(
+        expires_in=60, pauses_at_end=True, idle_timeout=0, keeps_memory=keeps_memory
+    )
+    await desk.drive(70)
+    await desk.until(box, Status.PAUSED)
+    again = await desk.services.sandboxes.resume(desk.actor, box.id)
+    boots = again.from_disk_incarnation == again.incarnation
+    assert (again.status, boots) == (Status.RUNNING, not keeps_memory)
+    # Its owner's pauses keep the memory, also after one that was to leave only the disk failed.
+    desk.node.refusal = NoCapacityError("the disk is full")
+    with pytest.raises(NoCapacityError):
+        await desk.services.sandboxes.pause(desk.actor, box.id, keeps_memory=False)
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    last = await desk.services.sandboxes.resume(desk.actor, box.id)
+    assert last.from_disk_incarnation != last.incarnation
+    # One that leaves only the disk counts until the sandbox has started.
+    await desk.services.sandboxes.pause(desk.actor, box.id, keeps_memory=False)
+    desk.node.refusal = NoCapacityError("the host's memory is used")
+    with pytest.raises(NoCapacityError):
+        await desk.services.sandboxes.resume(desk.actor, box.id)
+    booted = await desk.services.sandboxes.resume(desk.actor, box.id)
+    assert booted.from_disk_incarnation == booted.incarnation
+
+
 async def test_a_pause_at_the_end_that_fails_is_tried_again_after_a_while(desk: Desk) -> None:
     box = await desk.create(expires_in=30, pauses_at_end=True, idle_timeout=0)
     desk.node.refusal = NoCapacityError("the disk is full")

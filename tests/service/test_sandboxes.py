@@ -4,15 +4,16 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support.desk import Desk, member_of, open_desk, still, until
 
-from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
+from sandyard.server.core.contracts.node import Connection, MachineFact, MachineWish, Phase
 from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.egress import NO_RULES, Egress, Injection, Policy
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -24,7 +25,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_uuid
-from sandyard.server.core.records import Sandbox, Snapshot
+from sandyard.server.core.records import ActivityQuery, Sandbox, Snapshot
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.repeats import Repeatable
 from sandyard.server.service.sandboxes.change import Changes
@@ -738,3 +739,238 @@ async def test_output_waits_for_room_and_is_cut_where_none_comes(desk: Desk) -> 
     assert room.free < all_of_it
     whole.release()
     assert room.free == all_of_it
+
+
+# --- network rules ------------------------------------------------------------------------------
+
+FIRST, SECOND = Policy(Egress.DENY, ("a.test",)), Policy(Egress.DENY, ("b.test",))
+
+
+def rules_of(desk: Desk, box: Sandbox) -> Policy:
+    found: Policy = desk.machine(box).policy
+    return found
+
+
+async def test_network_rules_are_with_a_machine_from_its_start(desk: Desk) -> None:
+    box = await desk.create(network=Policy(Egress.DENY, ("A.test.", "1.2.3.4", "a.test")))
+    assert box.network == Policy(Egress.DENY, ("a.test", "1.2.3.4/32"))
+    assert rules_of(desk, box) == box.network
+    sandboxes = desk.services.sandboxes
+    await sandboxes.change(desk.actor, box.id, Changes(network=FIRST))
+    assert rules_of(desk, box) == FIRST
+    with pytest.raises(InvalidArgumentError):
+        await sandboxes.change(desk.actor, box.id, Changes(network=Policy(allow=("*",))))
+    assert (await desk.get(box)).network == FIRST
+    # While it is paused they are stored, and in force when it runs again.
+    await sandboxes.pause(desk.actor, box.id)
+    await sandboxes.change(desk.actor, box.id, Changes(network=SECOND))
+    assert rules_of(desk, box) == FIRST
+    await sandboxes.resume(desk.actor, box.id)
+    assert rules_of(desk, box) == SECOND
+    await sandboxes.change(desk.actor, box.id, Changes(network=NO_RULES))
+    assert rules_of(desk, box) == NO_RULES
+
+
+INJECTED = Policy(Egress.DENY, ("a.test",), inject=(Injection("a.test", {"X-Key": "k ${token}"}),))
+
+
+def headers_of(desk: Desk, box: Sandbox) -> list[tuple[str, str | None]]:
+    held = desk.machine(box).credentials
+    return [] if held is None else [(one.host, one.value) for one in held.headers]
+
+
+async def test_secrets_go_to_the_node_with_the_rules_and_again_when_they_change(
+    desk: Desk,
+) -> None:
+    secrets = desk.services.secrets
+    with pytest.raises(InvalidArgumentError, match="there is no secret TOKEN"):
+        await desk.create(network=INJECTED)
+    made = await secrets.add(desk.actor, name="Token", value="first-7", hosts=["A.test."])
+    assert (made.name, made.hosts) == ("TOKEN", ("a.test",))
+    assert "first-7" not in repr(made)
+    box = await desk.create(network=INJECTED)
+    policy = rules_of(desk, box)
+    assert policy.inject == (Injection("a.test"),), "the texts stay here"
+    assert headers_of(desk, box) == [("a.test", "k first-7")]
+    [fork] = await desk.services.snapshots.fork(desk.actor, box.id, 1)
+    fork = await desk.until(fork, Status.RUNNING)
+    await secrets.replace(desk.actor, "TOKEN", value="two", hosts=None)
+    assert headers_of(desk, box) == headers_of(desk, fork) == [("a.test", "k two")]
+    assert rules_of(desk, box).stamp != policy.stamp
+    # One that is for other hosts is for this one no longer.
+    await secrets.replace(desk.actor, "TOKEN", value=None, hosts=["b.test"])
+    assert headers_of(desk, box) == [("a.test", None)]
+    with pytest.raises(InvalidArgumentError, match=r"is for b\.test, and not for a\.test"):
+        await desk.create(network=INJECTED)
+    await secrets.replace(desk.actor, "TOKEN", value="three", hosts=["a.test"])
+    # A paused one reads them when it runs again.
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    await secrets.replace(desk.actor, "TOKEN", value="four", hosts=None)
+    await desk.services.sandboxes.resume(desk.actor, box.id)
+    assert headers_of(desk, box) == [("a.test", "k four")]
+    # A node that lost them is given them again.
+    desk.machine(box).credentials = None
+    await desk.drive(30)
+    assert headers_of(desk, box) == [("a.test", "k four")]
+    # One that could not be told is told later.
+    desk.node.is_silent = True
+    await secrets.delete(desk.actor, "token")
+    desk.node.is_silent = False
+    await desk.drive(60)
+    assert headers_of(desk, box) == [("a.test", None)]
+    await desk.services.sandboxes.change(desk.actor, box.id, Changes(network=FIRST))
+    assert headers_of(desk, box) == []
+
+
+async def test_secrets_are_used_by_those_who_may(desk: Desk) -> None:
+    await desk.services.secrets.add(desk.actor, name="TOKEN", value="one", hosts=["a.test"])
+    may_not = replace(desk.actor, scopes=frozenset({"sandbox:*", "secret:read"}))
+    with pytest.raises(PermissionDeniedError, match="secret:use"):
+        await desk.services.creation.create(may_not, NewSandbox("base-minimal", network=INJECTED))
+    box = await desk.create()
+    with pytest.raises(PermissionDeniedError, match="secret:use"):
+        await desk.services.sandboxes.change(may_not, box.id, Changes(network=INJECTED))
+    for work in (
+        desk.services.secrets.add(may_not, name="A", value="b", hosts=["a.test"]),
+        desk.services.secrets.replace(may_not, "TOKEN", value="b", hosts=None),
+        desk.services.secrets.delete(may_not, "TOKEN"),
+    ):
+        with pytest.raises(PermissionDeniedError):
+            await work
+    stranger = replace(desk.actor, org_id=new_uuid())
+    assert await desk.services.secrets.every(stranger) == []
+    with pytest.raises(NotFoundError):
+        await desk.services.secrets.replace(stranger, "TOKEN", value="b", hosts=None)
+
+
+async def test_what_was_refused_and_used_is_told(desk: Desk) -> None:
+    secrets, journals = desk.services.secrets, desk.services.journals
+    await secrets.add(desk.actor, name="TOKEN", value="one", hosts=["a.test"])
+    box = await desk.create(network=INJECTED)
+    now = desk.clock.now().timestamp()
+    desk.node.journal = [
+        Connection(now + 1, "refused", "egress", "b.test", port=53),
+        Connection(now + 2, "refused", "egress", "b.test", port=53),
+        Connection(now + 3, "allowed", "a.test", "a.test", "1.2.3.4", 443, secrets=("TOKEN",)),
+    ]
+    for _ in range(2):
+        await journals.look()
+    [secret] = await secrets.every(desk.actor)
+    assert secret.last_used_at == datetime.fromtimestamp(now + 3, UTC)
+
+    async def told() -> list[object]:
+        query = ActivityQuery(
+            box.org_id, limit=300, matches={"event_type": "sandbox.network_refused"}
+        )
+        async with desk.control.store.read() as tx:
+            return [one.attributes["name"] for one in await tx.activity.page(query)]
+
+    assert await told() == ["b.test"], "once in an hour"
+    journals._read.clear()
+    journals._told.clear()
+    await journals.look()
+    assert await told() == ["b.test"], "after a restart, too"
+    desk.node.journal += [
+        Connection(now + 10, "refused", "egress", f"{number}.test") for number in range(200)
+    ]
+    await journals.look()
+    assert len(await told()) == 100, "a guest may make up any number of names"
+    desk.node.journal.append(Connection(now + 4000, "refused", "egress", "b.test"))
+    await journals.look()
+    assert (await told()).count("b.test") == 2
+
+
+async def test_forks_and_sandboxes_from_snapshots_inherit_network_rules(desk: Desk) -> None:
+    box = await desk.create(network=FIRST)
+    snapshot = await desk.services.snapshots.create(desk.actor, box.id, None)
+    await desk.services.sandboxes.change(desk.actor, box.id, Changes(network=SECOND))
+    [fork] = await desk.services.snapshots.fork(desk.actor, box.id, 1)
+    assert fork.network == SECOND
+    assert rules_of(desk, await desk.until(fork, Status.RUNNING)) == SECOND
+    other = await desk.create(template=None, snapshot=snapshot.id)
+    assert other.network == FIRST
+    free = await desk.create(template=None, snapshot=snapshot.id, network=NO_RULES)
+    assert free.network == NO_RULES
+    # Going back to a snapshot brings no old rules back.
+    await desk.services.snapshots.roll_back(desk.actor, box.id, snapshot.id)
+    back = await desk.until(box, Status.RUNNING)
+    assert (back.network, rules_of(desk, back)) == (SECOND, SECOND)
+
+
+async def test_rules_that_cannot_be_enforced_yet_are_in_the_end(desk: Desk) -> None:
+    box = await desk.create()
+    desk.node.is_silent = True
+    with pytest.raises(UnavailableError, match="stored, but not in force yet"):
+        await desk.services.sandboxes.change(desk.actor, box.id, Changes(network=FIRST))
+    assert rules_of(desk, box) == NO_RULES
+    desk.node.is_silent = False
+    await desk.drive(30)
+    assert (await desk.get(box)).network == FIRST
+    assert rules_of(desk, box) == FIRST
+
+
+async def test_a_guest_whose_agent_is_silent_gets_new_rules_all_the_same(desk: Desk) -> None:
+    box = await desk.create()
+    desk.machine(box).is_silent = True
+    await desk.drive(30)
+    assert (await desk.get(box)).status is Status.SUSPECTED_MISSING
+    await desk.services.sandboxes.change(desk.actor, box.id, Changes(network=FIRST))
+    assert rules_of(desk, box) == FIRST
+    desk.machine(box).policy = NO_RULES  # as after a failure on the node
+    await desk.drive(30)
+    assert rules_of(desk, box) == FIRST
+
+
+async def test_a_node_of_an_earlier_version_starts_nothing_that_has_rules(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = desk.node.report
+
+    async def earlier() -> Any:
+        return replace(await report(), enforces_rules=False)
+
+    monkeypatch.setattr(desk.node, "report", earlier)
+    made = await desk.services.creation.create(
+        desk.actor, NewSandbox("base-minimal", network=FIRST)
+    )
+    await desk.drive(5)
+    assert made.id not in desk.node.machines
+    assert (await desk.create()).status is Status.RUNNING
+
+
+async def test_rules_that_change_during_a_start_are_those_of_its_end(desk: Desk) -> None:
+    desk.node.gate.clear()
+    made = await desk.services.creation.create(
+        desk.actor, NewSandbox("base-minimal", network=FIRST)
+    )
+    changing = asyncio.create_task(
+        desk.services.sandboxes.change(desk.actor, made.id, Changes(network=SECOND))
+    )
+    await still()
+    desk.node.gate.set()
+    await desk.drive(5)
+    assert (await changing).network == SECOND
+    assert rules_of(desk, made) == SECOND
+
+
+async def test_the_journal_is_told_to_its_owner_alone(desk: Desk) -> None:
+    box = await desk.create(network=FIRST)
+    desk.node.journal = [
+        Connection(float(number), "refused", "egress", "b.test", port=53) for number in range(1200)
+    ]
+    sandboxes = desk.services.sandboxes
+    latest = await sandboxes.connections(desk.actor, box.id)
+    assert [latest[0].time, latest[-1].time, len(latest)] == [200.0, 1199.0, 1000]
+    later = await sandboxes.connections(desk.actor, box.id, since=10.0)
+    assert [later[0].time, len(later)] == [11.0, 1000]
+    following = sandboxes.follow_connections(desk.actor, box.id)
+    assert len(await anext(following)) == 1000
+    coming = asyncio.ensure_future(anext(following))
+    desk.node.journal.append(Connection(2000.0, "allowed"))
+    await desk.drive(2)
+    assert [one.time for one in await coming] == [2000.0]
+    stranger = replace(desk.actor, org_id=new_uuid(), user_id=new_uuid())
+    with pytest.raises(NotFoundError):
+        await sandboxes.connections(stranger, box.id)
+    with pytest.raises(NotFoundError):
+        await sandboxes.change(stranger, box.id, Changes(network=NO_RULES))

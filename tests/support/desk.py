@@ -160,11 +160,13 @@ async def open_desk(
     works: bool = True,
     pace: Pace | None = None,
     nodes_tell: bool = False,
+    has_versions: bool = False,
 ) -> AsyncIterator[Desk]:
     """Open the services on fake nodes and run the reconciler, unless it is not to work.
 
-    Where `nodes_tell`, they do as nodes on other hosts: they have joined, and say each second that
-    they are there and what they have.
+    Where it `has_versions`, builds of templates are carried out. Where `nodes_tell`, nodes do as
+    those on other hosts: they have joined, and say each second that they are there and what they
+    have.
     """
     count_threads()
     clock = clock or DrivenClock()
@@ -188,6 +190,7 @@ async def open_desk(
                 metrics=Metrics(version="0"),
                 version="0",
                 pace=pace,
+                versions=own if has_versions else None,
             ) as control,
             asyncio.TaskGroup() as tasks,
         ):
@@ -198,6 +201,8 @@ async def open_desk(
                 ]
                 telling.append(tasks.create_task(roster.run()))
             working = tasks.create_task(control.reconciler.run() if works else asyncio.sleep(0))
+            building = control.services.building.run() if has_versions else asyncio.sleep(0)
+            telling.append(tasks.create_task(building))
 
             async def kill() -> None:
                 working.cancel()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandyard.server.app.serve import http_server
-from sandyard.server.app.settings import HttpSettings
+from sandyard.server.app.settings import E2bSettings, HttpSettings
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.drivers.fake import Conduct
 from sandyard.server.front.engine import ConnectionLimits
@@ -61,12 +61,14 @@ async def door(
     saves: bool = False,
     conduct: Conduct | None = None,
     clock: Clock | None = None,
+    e2b_domain: str | None = None,
     **http: object,
 ) -> AsyncIterator[Door]:
     port = free_port()
     settings = HttpSettings.model_validate({"port": port, **http})
+    sections = {"http": settings, "e2b": E2bSettings(domain=e2b_domain)}
     async with open_yard(
-        home, saves=saves, conduct=conduct, clock=clock, sections={"http": settings}
+        home, saves=saves, conduct=conduct, clock=clock, sections=sections
     ) as yard:
         front = yard.house.front
         server = http_server(front, settings, patience, is_tunnel=front.is_tunnel)

@@ -138,7 +138,7 @@ async def real_bench(
     image = minimal_image(kernel)
     identity = take_identity(home, routes=await host_routes())
     held.callback(give_back_identity, home)
-    slots = Slots(identity)
+    slots = Slots(identity, home=home)
     crew = await held.enter_async_context(Crew())
     await slots.open(in_use=[], crew=crew)
     held.push_async_callback(remove_host_rules, identity)

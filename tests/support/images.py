@@ -92,7 +92,7 @@ def minimal_image(kernel: Path | None = None) -> Image:
 async def build_large() -> None:
     """Build the templates whose packages take minutes, for the tests that will ask for them."""
     builder = builder_of(cached_settings(CACHE / "home-large"))
-    for slug in ("desktop-ubuntu", "base-ubuntu", "docker-ubuntu"):
+    for slug in ("desktop-ubuntu", "base-ubuntu", "docker-ubuntu", "e2b-base", "code-interpreter"):
         await builder.build(slug, progress=print)
 
 

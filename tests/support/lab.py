@@ -314,8 +314,11 @@ backend gateways
         """Start a control plane."""
         self.controls[one].start(SANDYARD, "control")
 
-    def add_node(self, name: str, *, is_real: bool = False, **environment: str) -> Host:
-        """Make a host a node by an invite, and start it; one that `is_real` has real machines."""
+    def add_node(
+        self, name: str, *, is_real: bool = False, builds: str = "base-minimal", **environment: str
+    ) -> Host:
+        """Make a host a node by an invite, and start it; one that `is_real` has real machines, and
+        `builds` a template, if any."""
         host = self._host(name, _NODES + len(self.nodes))
         host.is_real = is_real
         host.environment = {
@@ -326,10 +329,12 @@ backend gateways
             "SANDYARD_CLUSTER__HOST": host.address,
             **environment,
         }
-        if is_real:  # not from in there: it may have to fetch packages
+        if not builds:
+            host.environment["SANDYARD_NODE__IMAGES_DIR"] = str(host.home / "images")
+        elif is_real:  # not from in there: it may have to fetch packages
             with one_at_a_time():
                 subprocess.run(
-                    [SANDYARD, "template", "build", "base-minimal"], check=True,
+                    [SANDYARD, "template", "build", builds], check=True,
                     capture_output=True, env={**os.environ, **host.environment},
                     timeout=longer(300),
                 )  # fmt: skip
@@ -437,12 +442,12 @@ backend gateways
         )
         return made
 
-    def on(self, name: str) -> dict[str, Any]:
+    def on(self, name: str, **body: object) -> dict[str, Any]:
         """Create a sandbox on one node: the others are drained meanwhile."""
         self.drain({one for one in self.known() if one != name})
         time.sleep(0.7)  # until every control plane has read it
         try:
-            return self.create()
+            return self.create(**body)
         finally:
             self.keep_real_apart()
 
@@ -579,7 +584,8 @@ def lab(*nodes: str, **environment: str) -> Iterator[Lab]:
         wait_until(lambda: _answers(made), what="the control planes answer")
         for name in nodes:
             made.add_node(name, is_real=False, **environment)
-        made.until_up()
+        if nodes:  # without any they are not ready
+            made.until_up()
         yield made
 
 

@@ -11,7 +11,9 @@ from typing import Any, TypeVar, get_type_hints
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import decode, encode
 from sandyard.server.core.contracts.node import (
+    CONNECTIONS_MAX,
     ByteStream,
+    Connection,
     GoldenFact,
     MachineFact,
     MachineRef,
@@ -30,6 +32,7 @@ from sandyard.server.core.contracts.node import (
     Way,
     version_name,
 )
+from sandyard.server.core.egress import NO_RULES, Credentials, Policy, digest_of
 from sandyard.server.core.errors import (
     ConflictError,
     MachineDeadError,
@@ -64,6 +67,8 @@ class Machine:
     busy_percent: float = 0.0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     end: ConflictError | None = None
+    policy: Policy = NO_RULES
+    credentials: Credentials | None = None
 
     def break_off(self, message: str, status: str) -> None:
         """End what is under way in it."""
@@ -76,8 +81,8 @@ class FakeNode:
     """See NodeControl and NodeTunnel in core.contracts.node: both, without a machine behind them.
 
     What a test sets: `is_silent` answers nothing, `refusal` is what the next start fails with,
-    `room` how many machines it takes, `gate` what a start waits for; `shelves` and `goldens` are
-    only said.
+    `room` how many machines it takes, `gate` what a start waits for; `shelves`, `goldens` and the
+    `journal` of every sandbox are only said.
     """
 
     def __init__(
@@ -97,7 +102,9 @@ class FakeNode:
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked: list[str] = []
+        self.journal: list[Connection] = []
         self._gone: dict[str, int] = {}
+        self._built: dict[str, str] = {}
         self._versions: dict[str, int] = {}
         self._starting: dict[str, asyncio.Lock] = {}
 
@@ -131,6 +138,7 @@ class FakeNode:
                 Origin.DISK: Way.RESTART,
             }  # fmt: skip
             made = Machine(wish.incarnation, Phase.RUNNING, {**came, "hostname": wish.hostname})
+            made.policy, made.credentials = wish.policy, wish.credentials
             if machine is not None and machine.phase is Phase.DEAD:
                 made.remembers["way"] = Way.RESTART.value
             self.machines[wish.sandbox_id] = made
@@ -198,6 +206,35 @@ class FakeNode:
             machine.break_off("the machine of the sandbox ended meanwhile", "error")
             del self.machines[sandbox_id]
 
+    async def ensure_network(
+        self,
+        sandbox_id: str,
+        *,
+        incarnation: int,
+        policy: Policy,
+        credentials: Credentials | None = None,
+        version: int = 0,
+    ) -> None:
+        """See core.contracts.node.NodeControl.ensure_network."""
+        self._answer("ensure_network")
+        self._show(sandbox_id, version)
+        machine = self._known(sandbox_id, incarnation)
+        if machine.phase is not Phase.RUNNING:
+            raise MachineDeadError("cannot do this: the machine does not run")
+        machine.policy = policy
+        if credentials is not None or not policy.ends_tls:
+            machine.credentials = credentials
+
+    async def connections(
+        self, sandbox_id: str, *, since: float | None = None
+    ) -> tuple[Connection, ...]:
+        """See core.contracts.node.NodeControl.connections."""
+        self._answer("connections")
+        if sandbox_id not in self.machines:
+            raise NotFoundError("cannot do this: nothing of the sandbox is left here")
+        found = [one for one in self.journal if since is None or one.time > since]
+        return tuple(found[:CONNECTIONS_MAX] if since is not None else found[-CONNECTIONS_MAX:])
+
     async def console(self, sandbox_id: str) -> bytes:
         """See core.contracts.node.NodeControl.console."""
         self._answer("console")
@@ -232,6 +269,7 @@ class FakeNode:
         told = json.dumps(encode(about), sort_keys=True)
         name = version_name(about.slug, sha256(told.encode()).hexdigest()[:24])
         self.templates_ready = tuple(dict.fromkeys((*self.templates_ready, name)))
+        self._built[name] = about.build_id
         return VersionFact(name, "0" * 64, min(SIZE, size_max))
 
     async def prepare_version(self, version: str) -> None:
@@ -246,6 +284,9 @@ class FakeNode:
     async def drop_stages(self, build_id: str, *, but: tuple[str, ...]) -> None:
         """See core.contracts.node.NodeVersions.drop_stages."""
         self._answer("drop_stages")
+        self.templates_ready = tuple(
+            one for one in self.templates_ready if one in but or self._built.get(one) != build_id
+        )
 
     async def drop_version(self, version: str) -> None:
         """See core.contracts.node.NodeVersions.drop_version."""
@@ -281,10 +322,13 @@ class FakeNode:
         """See core.contracts.node.NodeControl.report."""
         self._answer("report")
         report = NodeReport(
+            enforces_rules=True,
+            ends_tls=True,
             node_id=self._node_id,
             machines=tuple(self._fact(name, one) for name, one in self.machines.items()),
             snapshots=tuple(self.snapshots),
-            templates=self.templates_ready,
+            templates=tuple(one for one in self.templates_ready if "@" not in one),
+            versions=tuple(one for one in self.templates_ready if "@" in one),
             is_short_of_memory=self.is_short_of_memory,
             memory_mib=self._left() * 512,
             disk_mib=self._left() * 1024,
@@ -299,7 +343,9 @@ class FakeNode:
         self._answer("templates")
         ready, shape = TemplateStatus.READY, Shape(1, 512, 1024)
         return tuple(
-            TemplateFact(slug, slug, "", "headless", ready, shape) for slug in self.templates_ready
+            TemplateFact(slug, slug, "", "headless", ready, shape)
+            for slug in self.templates_ready
+            if "@" not in slug
         )
 
     @asynccontextmanager
@@ -356,6 +402,7 @@ class FakeNode:
             version=self._versions.get(sandbox_id, 0),
             template="base-minimal",
             shape=Shape(1, 512, 1024),
+            rules=digest_of(one.policy, one.credentials.stamp if one.credentials else None),
         )
 
 

@@ -68,6 +68,13 @@ def oci_layout(
     layers: list[bytes], config: Mapping[str, Any], *, compress: bool = False
 ) -> dict[str, bytes]:
     """Return the files of an OCI layout with one image."""
+    packed = [
+        (gzip.compress(one), f"{_LAYER}+gzip") if compress else (one, _LAYER) for one in layers
+    ]
+    return _layout(packed, _config_of(layers, config))
+
+
+def _layout(layers: list[tuple[bytes, str]], config: bytes) -> dict[str, bytes]:
     blobs: dict[str, bytes] = {}
 
     def keep(data: bytes, kind: str) -> dict[str, Any]:
@@ -77,11 +84,8 @@ def oci_layout(
     manifest = {
         "schemaVersion": 2,
         "mediaType": _MANIFEST,
-        "config": keep(_config_of(layers, config), _CONFIG),
-        "layers": [
-            keep(gzip.compress(one), f"{_LAYER}+gzip") if compress else keep(one, _LAYER)
-            for one in layers
-        ],
+        "config": keep(config, _CONFIG),
+        "layers": [keep(*one) for one in layers],
     }
     index = {"schemaVersion": 2, "manifests": [keep(json.dumps(manifest).encode(), _MANIFEST)]}
     return {
@@ -106,6 +110,28 @@ def docker_archive(
     files = dict(zip(names, layers, strict=True))
     files |= {"config.json": about, "manifest.json": json.dumps(manifest).encode()}
     return tree(files, mode=0o644)
+
+
+def bomb(name: str, size_mib: int) -> bytes:
+    """Return an OCI layout in a tar archive with a file of zeros, a thousand times smaller."""
+    head, block = tarfile.TarInfo(name), bytes(2**20)
+    head.size = size_mib * 2**20
+    content, packed = hashlib.sha256(), [gzip.compress(head.tobuf())]
+    content.update(head.tobuf())
+    many = gzip.compress(block, 9)
+    for _ in range(size_mib):
+        content.update(block)
+        packed.append(many)  # a file of gzip may have several members
+    end = bytes(2 * tarfile.BLOCKSIZE)
+    content.update(end)
+    blob = b"".join((*packed, gzip.compress(end)))
+    about = json.dumps(
+        {
+            "architecture": "amd64", "os": "linux", "config": {},
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{content.hexdigest()}"]},
+        }
+    ).encode()  # fmt: skip
+    return tree(_layout([(blob, f"{_LAYER}+gzip")], about), mode=0o644)
 
 
 def _name(data: bytes) -> str:

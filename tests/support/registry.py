@@ -4,14 +4,15 @@
 
 A repository is the files of an OCI layout (`oci_layout`). Its name says how it behaves:
 `liar` sends blobs that do not match their digest, `busy` answers 429 at first, `elsewhere`
-redirects to where no machine may go, and `moves` has another manifest each time its tag is asked
-for.
+redirects to where no machine may go, `moves` has another manifest each time its tag is asked for,
+and `closed` asks for a password.
 """
 
 import json
 import ssl
 import subprocess
 import sys
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ NETNS = "syd-test-registry"
 HERE, ADDRESS, PORT = "10.213.77.1", "10.213.77.2", 5000
 NETWORK = "10.213.77.0/30"
 _BUSY = 3
+USER, PASSWORD = "somebody", "a-password-of-theirs"
+_AUTHORIZATION = "Basic " + b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+_CHALLENGE = {"WWW-Authenticate": 'Basic realm="registry"'}
 _asked: Counter[str] = Counter()
 
 
@@ -84,10 +88,15 @@ class _Registry(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v2/":
-            self._answer(200, b"{}")
+            # As registries do that have repositories of both kinds: whoever has a password for
+            # this host is told to send it.
+            self._answer(401, b"{}", **_CHALLENGE)
             return
         _, _, name, kind, what = self.path.split("/", 4)
         _asked[name] += 1
+        if name == "closed" and self.headers.get("Authorization") != _AUTHORIZATION:
+            self._answer(401, b"{}", **_CHALLENGE)
+            return
         if name == "busy" and _asked[name] <= _BUSY:
             self._answer(429, b"", **{"Retry-After": "1"})
         elif name == "elsewhere" and kind == "blobs":

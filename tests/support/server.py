@@ -175,10 +175,12 @@ class RealServer:
         self, *command: str | Path, check: bool = True, limit_s: float = 300
     ) -> subprocess.CompletedProcess[str]:
         """Run the command line of this installation."""
-        return subprocess.run(
+        done = subprocess.run(
             [str(SANDYARD), *map(str, command)], env=self.environment, text=True,
-            capture_output=True, check=check, timeout=longer(limit_s),
+            capture_output=True, check=False, timeout=longer(limit_s),
         )  # fmt: skip
+        assert not (check and done.returncode), f"{command}: {done.stdout[-2000:]}{done.stderr}"
+        return done
 
     def start(self) -> None:
         """Start the server and return when it is ready."""
@@ -342,8 +344,17 @@ class RealServer:
 
     def processes(self) -> set[int]:
         """Return the accounts of this installation under which something runs."""
+        return {one for uids in (self.uids(), self.egress_uids()) for one in uids_at_work(uids)}
+
+    def uids(self) -> range:
+        """Return the accounts of machines."""
         first = 1_900_000_000 + int(str(self.instance["index"])) * SLOTS
-        return uids_at_work(range(first, first + SLOTS))
+        return range(first, first + SLOTS)
+
+    def egress_uids(self) -> range:
+        """Return the accounts of what enforces network rules."""
+        first = self.uids().start + 64 * SLOTS
+        return range(first, first + SLOTS)
 
     def namespaces(self) -> set[str]:
         """Return this installation's network namespaces."""

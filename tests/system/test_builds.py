@@ -18,10 +18,11 @@ from sandyard.server.app.wiring import images_of
 from sandyard.server.core.errors import InternalError
 from sandyard.server.node.images import inside
 from sandyard.server.node.images.additions import pack_template
-from sandyard.server.node.images.build import Builder, workshop
+from sandyard.server.node.images.build import Builder
 from sandyard.server.node.images.confine import FIRST_ID, Bind, View
 from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.versions import Versions
+from sandyard.server.node.images.workshop import workshop
 
 pytestmark = [pytest.mark.root]
 
@@ -308,7 +309,7 @@ def test_links_in_a_tree_do_not_lead_out_of_it(
     for path in (work.tree, *work.tree.rglob("*")):
         os.chown(path, FIRST_ID, FIRST_ID, follow_symlinks=False)
     archive = tmp_path / "guest.tar"
-    pack_template(archive, start="#!/bin/sh\n", certificates=["one"], modules=None)
+    pack_template(archive, start="#!/bin/sh\n", files={}, certificates=["one"], modules=None)
     done = work.run("tree", "finish", str(archive), "own-kernel", "trust")
     # It may refuse such a tree, in a line.
     assert done.returncode == 0 or len(done.stderr.splitlines()) == 1, done.stderr

@@ -24,7 +24,7 @@ async def slots(home: Path) -> AsyncIterator[Slots]:
     """The network of an installation of the test's own."""
     home.chmod(0o755)
     identity = take_identity(home, routes=await host_routes())
-    made = Slots(identity)
+    made = Slots(identity, home=home)
     async with AsyncExitStack() as held:
         held.callback(give_back_identity, home)
         held.push_async_callback(remove_host_rules, identity)

@@ -58,7 +58,7 @@ def goes_on(server: RealServer, box: object, least: int) -> None:
 
 def ready(server: RealServer, what: str = "one waits") -> None:
     if server.environment["SANDYARD_POOL__CEILING"] != "0":
-        wait_until(lambda: len(server.waiting()) == 1, limit_s=60, what=what)
+        wait_until(lambda: len(server.waiting()) == 1, limit_s=120, what=what)
 
 
 def test_a_killed_server_loses_none_of_ten_sandboxes(server: RealServer) -> None:
@@ -145,11 +145,11 @@ def test_killed_at_any_moment_of_making_a_golden_there_is_a_whole_one_in_the_end
         time.sleep(after_s)  # booting, then about to be saved
         server.kill()
         server.start()
-    wait_until(lambda: (server.home / "goldens").is_dir(), limit_s=60)
+    wait_until(lambda: (server.home / "goldens").is_dir(), limit_s=180)
     wait_until(
         lambda: any("part" in one.name for one in (server.home / "goldens").iterdir())
         or bool(server.waiting()),
-        limit_s=60, what="it is being saved",
+        limit_s=180, what="it is being saved",
     )  # fmt: skip
     server.kill()
     server.start()

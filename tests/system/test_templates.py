@@ -1,17 +1,22 @@
 """Templates of an organization's own, built in real machines from images that no registry has."""
 
+import asyncio
+import hashlib
 import io
 import json
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import pytest
 from tests.support.images import CACHE
 from tests.support.oci import (
+    bomb,
     docker_archive,
     file_entry,
     folder_entry,
@@ -21,8 +26,18 @@ from tests.support.oci import (
     oci_layout,
 )
 from tests.support.ports import free_port
-from tests.support.registry import ADDRESS, NETWORK, PORT, put, registry
+from tests.support.registry import (
+    ADDRESS,
+    NETWORK,
+    PASSWORD,
+    PORT,
+    USER,
+    put,
+    registry,
+)
 from tests.support.server import NO_POOL, QEMU, RealServer, wait_until
+
+from sandyard.server.drivers.sparse import extents
 
 pytestmark = [pytest.mark.machine, pytest.mark.beside]
 
@@ -54,7 +69,7 @@ def server(repositories: Path) -> Iterator[RealServer]:
     made = RealServer(
         free_port(), **QEMU, **NO_POOL,
         SANDYARD_NODE__EXTRA_CA=str(repositories / "certificate.pem"),
-        SANDYARD_NODE__ALLOW=json.dumps([NETWORK]),
+        SANDYARD_NODE__ALLOW=json.dumps([NETWORK]), SANDYARD_BUILDS__DISK_MIB="3072",
     )  # fmt: skip
     # Its templates trust a certificate of this run alone, so nobody else can use them.
     made.environment["SANDYARD_NODE__IMAGES_DIR"] = str(made.home / "images")
@@ -109,8 +124,21 @@ def ended(server: RealServer, slug: str, build: str) -> tuple[dict[str, Any], li
 def built(server: RealServer, slug: str, **body: object) -> list[str]:
     """Build a template and return the lines of its log."""
     build, lines = ended(server, slug, request(server, slug, **body))
-    assert build["status"] == "ready", (build, lines)
+    assert build["status"] == "ready", (build["error"], lines[-9:])
     return lines
+
+
+def files_with(what: bytes, folder: Path) -> list[Path]:
+    """Return the files that have something in them, disks and memory of machines as well."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                for start, end in extents(file.fileno()):
+                    file.seek(start)
+                    if what in file.read(end - start):
+                        found.append(path)
+    return found
 
 
 def nothing_is_left(server: RealServer) -> None:
@@ -118,6 +146,24 @@ def nothing_is_left(server: RealServer) -> None:
     wait_until(lambda: server.machines() == set(), what="no machine is left")
     assert list((server.home / "uploads").glob("*")) == []
     assert list((server.home / "versions").glob(".part-*")) == []
+
+
+async def copied(server: RealServer, name: str, data: bytes) -> bytes:
+    """Write a file of a sandbox by sftp, and read it."""
+    key = server.client.headers["authorization"].removeprefix("Bearer ")
+    async with (
+        asyncssh.connect(
+            "127.0.0.1", server.ssh_port, username=name, password=key, known_hosts=None,
+            client_keys=None,
+        ) as connection,
+        connection.start_sftp_client() as sftp,
+    ):  # fmt: skip
+        async with sftp.open("/root/copied", "wb") as file:
+            await file.write(data)
+        async with sftp.open("/root/copied", "rb") as file:
+            found = await file.read()
+    assert isinstance(found, bytes)
+    return found
 
 
 def test_an_image_of_one_program_is_a_template(server: RealServer, busybox: bytes) -> None:
@@ -137,13 +183,14 @@ def test_an_image_of_one_program_is_a_template(server: RealServer, busybox: byte
     told = server.client.get("/v1/templates/tiny").json()["data"]
     assert (told["status"], told["os"], told["kind"]) == ("ready", "Linux", "headless")
     (version,) = server.client.get("/v1/templates/tiny/versions").json()["data"]
-    assert (version["tags"], version["defaultUser"]) == (["latest"], "1000")
+    assert (version["tags"], version["defaultUser"]) == (["latest"], "1000:1000")
     box = server.create(template="tiny", name="t", env={"MORE": "1"}, idleTimeout=0)
     assert (box["template"], box["templateDigest"]) == ("tiny", version["digest"])
     asked = f"id -u; pwd; echo $GREETING $MORE; ls; {CHECK}"
     said = "1000\n/srv\nhello there 1\nindex.html\nit works\n"
     assert server.execute("t", asked)["stdout"] == said
     assert server.execute("t", "id -u; pwd", user="root", cwd="/")["stdout"] == "0\n/\n"
+    assert asyncio.run(copied(server, "t", b"by sftp")) == b"by sftp"
     # What the image has running goes on after a pause, and is started again after a restart.
     server.act("t", "pause")
     server.act("t", "resume")
@@ -191,6 +238,74 @@ def test_an_image_is_pulled_and_pinned(
         build, lines = ended(server, name, request(server, name, image=image))
         assert build["status"] == "failed", name
         assert any(said in one for one in lines), lines
+    nothing_is_left(server)
+
+
+def test_a_registry_with_a_password(server: RealServer, busybox: bytes, repositories: Path) -> None:
+    """The password is for its host alone, and in nothing that stays."""
+    layers = [layer([file_entry("bin/busybox", busybox, mode=0o755)])]
+    image = put(repositories, "closed", oci_layout(layers, {}))
+    build, lines = ended(server, "closed", request(server, "closed", image=image))
+    assert build["status"] == "failed"
+    assert any("auth" in one or "401" in one for one in lines), lines
+    file = server.home / "password"
+    file.write_text(PASSWORD)
+    host = f"{ADDRESS}:{PORT}"
+    done = server.run("registry", "add", host, "-u", USER, "--password-file", file)
+    file.unlink()
+    credential = done.stdout.strip()
+    lines = built(server, "closed", image=image, credentials=credential)
+    show = json.dumps(["/bin/busybox", "sh", "-c", "cat /run/build/* $REGISTRY_AUTH_FILE || true"])
+    text = f"FROM {image}\nRUN {show}\n"
+    build, more = ended(
+        server, "closed", request(server, "closed", dockerfile=text, credentials=credential)
+    )
+    said = "\n".join((*lines, *more))
+    assert PASSWORD not in said
+    box = server.create(template="closed")["id"]
+    look = f"grep -rlF {PASSWORD} /bin /etc /root /run/sandyard/base /tmp /usr /workspace"
+    assert server.execute(box, look)["stdout"] == ""
+    server.delete(box)
+    assert files_with(PASSWORD.encode(), server.home) == []
+
+
+def test_steps_that_were_taken_before_are_not_taken_again(
+    server: RealServer, busybox: bytes, repositories: Path
+) -> None:
+    layers = [layer([file_entry("bin/busybox", busybox, mode=0o755)])]
+    image = put(repositories, "steady", oci_layout(layers, {"Env": ["WHO=me"], "User": "7"}))
+    first = "/bin/busybox --install -s /bin; echo one $WHO >>/said; id -u >>/said"
+    built(server, "steady", image=image, run=[first])
+
+    lines = built(server, "steady", image=image, run=[first, "echo two >>/said"])
+    assert [one for one in lines if one.startswith(("cached", "running"))] == [
+        f"cached: running: {first}", "running: echo two >>/said"
+    ]  # fmt: skip
+    box = server.create(template="steady")["id"]
+    assert server.execute(box, "cat /said; id -u")["stdout"] == "one me\n0\ntwo\n7\n"
+    server.delete(box)
+
+    lines = built(server, "steady", image=image, run=[first], force=True)
+    assert f"running: {first}" in lines
+
+    # What is secret is in none of it.
+    kept = {one["id"] for one in server.client.get("/v1/snapshots").json()["data"]}
+    secret = "not to be seen by anyone"
+    run = ["cat /run/secrets/KEY; /bin/busybox md5sum </run/secrets/KEY >/sum"]
+    lines = built(
+        server, "steady", image=image, run=[first, *run], secrets={"KEY": secret}
+    )  # fmt: skip
+    assert f"running: {first}" in lines
+    assert "***" in lines
+    assert secret not in "".join(lines)
+    assert kept == {one["id"] for one in server.client.get("/v1/snapshots").json()["data"]}
+    box = server.create(template="steady")["id"]
+    digest = hashlib.md5(secret.encode(), usedforsecurity=False).hexdigest()
+    assert server.execute(box, "cat /sum; ls /run/secrets")["stdout"] == f"{digest}  -\n"
+    server.delete(box)
+    assert files_with(secret.encode(), server.home) == []
+    for one in kept:
+        assert server.client.delete(f"/v1/snapshots/{one}").status_code == 200
     nothing_is_left(server)
 
 
@@ -266,27 +381,37 @@ def test_a_dockerfile_is_built_and_steps_are_added_to_what_it_made(
     )
     server.delete("d")
 
-    # A second version, on the first one.
+    # Built again, nothing is done twice; what no later instruction depends on is changed.
+    (folder / "Dockerfile").write_text(f"{DOCKERFILE}RUN true\n")
+    done = server.run("template", "build", f"{folder}/", limit_s=BUILD_LIMIT_S, check=False)
+    assert "dock:2 is ready" in done.stdout, (done.stdout, done.stderr)
+    assert done.stdout.count("Using cache") == 10  # all instructions that make a layer
+
+    # A third version, on the second one.
     files = [{"path": "/opt/deep/a file", "contents": "of mine", "mode": "600"}]
     built(
         server, "dock", base="dock", files=files, env={"COLOR": "red", "X": "y z"},
         run=["echo $COLOR $X >/opt/said; id -u >>/opt/said; pwd >>/opt/said"],
-        start="while :; do echo on >/app/on; sleep 1; done", ready="grep -q on /app/on",
+        start="echo on >/app/on; exec sleep 86400", ready="grep -q on /app/on",
         defaultUser="root", defaults={"memory": "256MB", "disk": "2GB"},
     )  # fmt: skip
     versions = server.client.get("/v1/templates/dock/versions").json()["data"]
-    assert [(one["version"], one["tags"]) for one in versions] == [(2, ["latest"]), (1, [])]
+    assert [(one["version"], one["tags"]) for one in versions] == [
+        (3, ["latest"]),
+        (2, []),
+        (1, []),
+    ]
     box = server.create(template="dock", name="d")
     assert box["resources"] == {"vcpus": 1, "memory": "256MB", "disk": "2GB"}
     asked = "cat /opt/said '/opt/deep/a file'; stat -c %a '/opt/deep/a file'; id -u; cat /app/on"
     assert server.execute("d", asked)["stdout"] == "red y z\n0\n/app\nof mine600\n0\non\n"
     server.delete("d")
-    server.run("template", "tag", "dock", "old", "1")
-    for reference in ("dock:old", "dock:1", f"dock@{versions[1]['digest']}"):
+    server.run("template", "tag", "dock", "old", "2")
+    for reference in ("dock:old", "dock:2", f"dock@{versions[1]['digest']}"):
         box = server.create(template=reference)
         assert box["templateDigest"] == versions[1]["digest"]
         server.delete(box["id"])
-    server.run("template", "delete", "dock:2")
+    server.run("template", "delete", "dock:3")
     assert server.create(template="dock")["templateDigest"] == versions[1]["digest"]
     for one in server.machines():
         server.delete(one)
@@ -361,10 +486,63 @@ def test_a_hostile_image_meets_nothing_but_its_own_machine(
     nothing_is_left(server)
 
 
+def many_layers(count: int, busybox: bytes) -> bytes:
+    first = layer([file_entry("bin/busybox", busybox, mode=0o755)])
+    return oci_archive(
+        [first, *(layer([file_entry(f"srv/{one}", b"x")]) for one in range(count - 1))], {}
+    )
+
+
+LARGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "130 layers": (partial(many_layers, 130), "ready"),
+    "six megabytes of settings": (
+        lambda _: oci_archive(
+            [layer([])], {"Env": [f"A{one}={'x' * 99}" for one in range(60_000)]}
+        ),
+        "failed",
+    ),
+    "600 layers": (partial(many_layers, 600), "ready"),
+    "a file larger than the disk": (lambda _: bomb("srv/zeros", 4096), "failed"),
+    "three million files": (
+        lambda _: oci_archive(
+            [layer(file_entry(f"srv/{one:07}") for one in range(3_000_000))], {}
+        ),
+        "failed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        one if number < 2 else pytest.param(one, marks=pytest.mark.long)
+        for number, one in enumerate(LARGE)
+    ],
+)
+def test_a_large_image_ends_at_a_limit_of_its_machine(
+    server: RealServer, busybox: bytes, name: str
+) -> None:
+    make, status = LARGE[name]
+    slug = "large-" + str(sorted(LARGE).index(name))
+    build, lines = ended(server, slug, request(server, slug, upload=upload(server, make(busybox))))
+    assert build["status"] == status, (build["error"], lines[-5:])
+    if status == "ready":
+        box = server.create(template=slug)["id"]
+        assert server.execute(box, "ls /srv | wc -l")["stdout"] == f"{int(name.split()[0]) - 1}\n"
+        server.delete(box)
+    nothing_is_left(server)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no archive": ({"upload": b"no archive at all"}, "a command ended with"),
     "a step that fails": ({"base": "base-minimal", "run": ["echo begun; exit 7"]}, "ended with 7"),
     "a Dockerfile that is none": ({"dockerfile": "FRAM scratch"}, "a command ended with"),
+    "a command that reads and floods": (
+        {"base": "base-minimal",
+         "run": [r"cat; printf '\033[2J\033]0;title\007\n'; yes flood | head -n 600000", "exit 9"]},
+        "ended with 9",
+    ),
+    "a command that ends everything": ({"base": "base-minimal", "run": ["kill -9 -1"]}, ""),
     "a full disk": (
         {"base": "base-minimal", "defaults": {"disk": "1GB"},
          "run": ["dd if=/dev/zero of=/big bs=1M"]},
@@ -382,6 +560,8 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(server: RealServer, name
     build, lines = ended(server, slug, request(server, slug, **body))
     assert (build["status"], build["version"]) == ("failed", 1)
     assert why in build["error"], (build, lines)
+    assert sum(map(len, lines)) < 3 * 2**20
+    assert not any("\x1b" in one for one in lines)
     answer = server.client.post("/v1/sandboxes", json={"template": slug})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "invalid_state")
     nothing_is_left(server)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandyard.server.node.host import dns
-from sandyard.server.node.host.dns import BadQueryError, Forwarder, TokenBucket, parse
+from sandyard.server.egress import dns
+from sandyard.server.egress.dns import BadQueryError, Forwarder, TokenBucket, parse
+from sandyard.server.node.host.dns import HostAnswers
 
 FORMERR, SERVFAIL, NOTIMP, REFUSED = 1, 2, 4, 5
 A, AXFR, IXFR, TSIG, ANY = 1, 252, 251, 250, 255
@@ -150,7 +151,7 @@ async def forwarding(answer: Answer) -> AsyncIterator[tuple[tuple[str, int], lis
     server = await asyncio.start_server(by_tcp, sock=behind)
     udp, tcp = both_on_one_port()
     with udp, tcp:
-        forwarder = Forwarder(lambda: [resolver])
+        forwarder = Forwarder(HostAnswers(lambda: [resolver]))
         serving = [
             asyncio.create_task(forwarder.serve_udp(udp)),
             asyncio.create_task(forwarder.serve_tcp(tcp)),
@@ -247,7 +248,7 @@ async def test_a_flood_of_one_slot_reaches_its_resolver_at_the_permitted_rate(
 async def test_without_a_resolver_a_client_is_answered_at_once() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as udp:
         udp.bind(("127.0.0.1", 0))
-        serving = asyncio.create_task(Forwarder(list).serve_udp(udp))
+        serving = asyncio.create_task(Forwarder(HostAnswers(list)).serve_udp(udp))
         try:
             said = await ask_udp(udp.getsockname(), message())
             assert (said[3] & 15, said[12:]) == (SERVFAIL, question())

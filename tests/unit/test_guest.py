@@ -6,6 +6,8 @@ import os
 import socket
 import struct
 import subprocess
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -35,17 +37,17 @@ def test_on_a_full_disk_a_file_is_written_over_whole_or_not_at_all(tmp_path: Pat
     file = tmp_path / "shadow"
     file.write_text("root:a:longer than what comes\n")
     file.chmod(0o644)
-    system._replace(file, "root:*:\n", 0o600)
+    system.replace_file(file, "root:*:\n", 0o600)
     assert file.read_text() == "root:*:\n"
     assert file.stat().st_mode & 0o777 == 0o600
     with pytest.raises(OSError, match="the disk is full"):
-        system._replace(file, "x" * 100_000, 0o600)
+        system.replace_file(file, "x" * 100_000, 0o600)
     assert file.read_text() == "root:*:\n"
     with pytest.raises(FileNotFoundError):
-        system._replace(tmp_path / "other", "x", 0o600)
+        system.replace_file(tmp_path / "other", "x", 0o600)
     (tmp_path / "link").symlink_to(file)
     with pytest.raises(OSError, match="symbolic"):
-        system._replace(tmp_path / "link", "x", 0o600)
+        system.replace_file(tmp_path / "link", "x", 0o600)
     assert file.read_text() == "root:*:\n"
 
 
@@ -149,6 +151,28 @@ def test_what_stands_where_a_file_of_settings_should_is_none(tmp_path: Path) -> 
         os.close(root)
 
 
+def test_a_user_with_a_group_has_that_group_alone(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").write_text("app:x:7:8::/app:/bin/ash\n")
+    (tmp_path / "etc/group").write_text("app:x:8:\nvideo:x:44:app\nempty:x:nine:\n")
+    root = os.open(tmp_path, os.O_PATH)
+    try:
+
+        def found(user: str) -> tuple[int, int, tuple[int, ...]]:
+            account = system.find_account(root, user)
+            return account.uid, account.gid, account.groups
+
+        assert found("app") == (7, 8, (8, 44))
+        assert found("app:video") == found("7:44") == (7, 44, (44,))
+        assert found("0:5") == (0, 5, (5,))
+        assert found("99:100") == (99, 100, (100,))
+        for user in ("app:nobody", "app:empty", "app:", "nobody:44", ":44", "app:8:9"):
+            with pytest.raises(system.NoUserError):
+                system.find_account(root, user)
+    finally:
+        os.close(root)
+
+
 @pytest.mark.parametrize(
     ("number", "is_told"),
     [(errno.ENOENT, False), (errno.EOPNOTSUPP, False), (errno.EPERM, True)],
@@ -166,6 +190,34 @@ def test_a_kernel_that_lists_no_connections_keeps_them(number: int, is_told: boo
             list(listed)
     else:
         assert list(listed) == []
+
+
+async def test_the_usage_of_the_last_hour_is_kept_in_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(context, "_HISTORY_PERIOD_S", 0.0)
+    ticks = iter([(0, 0), (50, 100), (50, 200), (50, 200)])
+    last = (60, 300)
+    monkeypatch.setattr(system, "cpu_ticks", lambda: next(ticks, last))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with tempfile.TemporaryDirectory() as folder:
+        root_fd = os.open(folder, os.O_RDONLY)
+        try:
+            history = context.History(root_fd)
+            sampling = asyncio.ensure_future(history.sample())
+            while len(history.samples) < context._HISTORY:
+                await asyncio.sleep(0)
+            first, second, third, *_ = history.samples
+            for _ in range(1000):
+                await asyncio.sleep(0)
+        finally:
+            sampling.cancel()
+            os.close(root_fd)
+    assert [one.cpu_percent for one in (first, second, third)] == [100.0, 0.0, 0.0]
+    assert abs(first.at_ms / 1000 - time.time()) < 60
+    assert 0 < first.memory_used_bytes < first.memory_total_bytes
+    assert 0 < first.disk_used_bytes < first.disk_total_bytes
+    assert len(history.samples) == context._HISTORY
 
 
 async def test_how_busy_a_machine_is_counts_from_the_first_look_after_it_stood_still(

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import gzip
 import ipaddress
+import json
 import lzma
 import os
 import shutil
@@ -46,7 +47,7 @@ from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exceptions, slot_rules
 from sandyard.server.node.host.identity import give_back_identity, take_identity
-from sandyard.server.node.images import build
+from sandyard.server.node.images import workshop
 from sandyard.server.node.images.definitions import load_definition, load_definitions
 from sandyard.server.node.images.image import Image, write_manifest
 from sandyard.server.node.images.initrd import add_modules, make_initrd
@@ -123,10 +124,20 @@ def test_only_emulated_machines_are_told_the_rate_of_the_counter() -> None:
 def test_shipped_definitions_can_be_read() -> None:
     found = load_definitions(TEMPLATES)
     shown = {slug for slug, one in found.items() if not one.is_hidden}
-    assert shown == {"base-ubuntu", "base-minimal", "desktop-ubuntu", "docker-ubuntu"}
+    assert shown == {
+        "base-ubuntu", "base-minimal", "desktop-ubuntu", "docker-ubuntu", "e2b-base",
+        "code-interpreter",
+    }  # fmt: skip
     assert set(found) - shown == {"builder"}
     assert [one.slug for one in found.values() if one.kind == "desktop"] == ["desktop-ubuntu"]
-    assert [one.slug for one in found.values() if one.start] == ["desktop-ubuntu", "docker-ubuntu"]
+    started = {"code-interpreter", "desktop-ubuntu", "docker-ubuntu"}
+    assert {one.slug for one in found.values() if one.start} == started
+    package = "/usr/lib/python3/dist-packages/code_interpreter"
+    files = {name: one.read_bytes() for name, one in found["code-interpreter"].files.items()}
+    assert b"def main" in files[f"{package}/server.py"]
+    assert b"session" in files[f"{package}/interpreter.js"]
+    assert b"eval" in files[f"{package}/interpreter.sh"]
+    assert not [name for name in files if "__pycache__" in name]
     assert found["base-ubuntu"].defaults == Shape(2, 4096, 10240)
     assert found["base-minimal"].defaults == Shape(1, 512, 5120)
     assert [source.family for source in found["base-ubuntu"].sources] == ["ubuntu", "debian"]
@@ -184,6 +195,45 @@ def test_a_template_changes_with_the_one_that_it_extends(extending: Path) -> Non
         path.write_text('kernel_arguments = "quiet"\n' + path.read_text())
     assert load_definition(extending).packages_digest == after.packages_digest
     assert load_definition(extending).digest != after.digest
+
+
+def test_a_template_adds_files_and_changes_with_them(extending: Path) -> None:
+    folder = extending.parent
+    extending.write_text(
+        extending.read_text() + '[files]\n"/opt/one" = "one"\n"/opt/all" = "folder"\n'
+    )
+    with pytest.raises(InvalidArgumentError, match="one"):
+        load_definition(extending)
+    (folder / "folder" / "deep").mkdir(parents=True)
+    for name in ("one", "folder/two", "folder/deep/three"):
+        (folder / name).write_text(name)
+    found = load_definition(extending)
+    assert found.files == {
+        "/opt/one": folder / "one", "/opt/all/two": folder / "folder/two",
+        "/opt/all/deep/three": folder / "folder/deep/three",
+    }  # fmt: skip
+    (folder / "folder/two").write_text("other")
+    changed = load_definition(extending)
+    assert (changed.digest == found.digest, changed.packages_digest) == (
+        False, found.packages_digest,
+    )  # fmt: skip
+    (folder / "folder/two").rename(folder / "folder/moved")
+    assert load_definition(extending).digest != changed.digest
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        'files = {"relative" = "one"}', 'files = {"/a/../../b" = "one"}', 'files = ["one"]',
+        'files = {"/a" = 5}', 'wheels = ["name"]', 'wheels = ["name==1"]', 'wheels = "name==1"',
+        'wheels = ["name==1 --hash=sha256:00"]', 'wheels = ["-e . --hash=sha256:00"]',
+    ],
+)  # fmt: skip
+def test_files_and_wheels_that_cannot_be_used_are_refused(extending: Path, words: str) -> None:
+    extending.write_text(f"{words}\n{extending.read_text()}")
+    (extending.parent / "one").touch()
+    with pytest.raises(InvalidArgumentError, match=r"mine\.toml"):
+        load_definition(extending)
 
 
 @pytest.mark.parametrize("extended", ["absent", "mine", "../base-minimal", ""])
@@ -246,6 +296,7 @@ def test_allowed_networks_come_before_the_private_ones_are_rejected() -> None:
         mac="02:73:79:00:00:02",
         outer=ipaddress.IPv4Address("10.200.0.2"),
         agent_port=9111,
+        egress_uid=1_900_065_536,
         allow=["10.9.0.0/16"],
     )
     [allowed] = [line for line in rules.splitlines() if "10.9.0.0/16" in line]
@@ -262,7 +313,8 @@ def test_installations_share_nothing(tmp_path: Path) -> None:
     two = take_identity(tmp_path / "two", routes=[], registry=registry)
     assert one.id != two.id
     assert not one.subnet.overlaps(two.subnet)
-    assert not set(one.uids) & set(two.uids)
+    accounts = [*one.uids, *two.uids, *one.egress_uids, *two.egress_uids]
+    assert len(set(accounts)) == len(accounts)
     assert one.table != two.table
     assert take_identity(tmp_path / "one", routes=[one.subnet], registry=registry) == one
 
@@ -340,6 +392,21 @@ def test_an_index_is_free_again_when_its_home_is_gone(tmp_path: Path) -> None:
     one = take_identity(tmp_path / "one", routes=[], registry=registry)
     give_back_identity(tmp_path / "one", registry=registry)
     assert take_identity(tmp_path / "two", routes=[], registry=registry).index == one.index
+
+
+def test_an_index_is_not_free_while_its_home_is_out_of_sight(tmp_path: Path) -> None:
+    registry, home = tmp_path / "registry", tmp_path / "one"
+    one = take_identity(home, routes=[], registry=registry)
+    shutil.rmtree(home)
+    path = registry / f"{one.id}.json"
+    claim = json.loads(path.read_text())
+    # As where another file system covers the folder that the home is in.
+    path.write_text(json.dumps({**claim, "device": claim["device"] + 1}))
+    two = take_identity(tmp_path / "two", routes=[], registry=registry)
+    assert two.index != one.index
+    # No machine has outlived a boot.
+    path.write_text(json.dumps({**claim, "device": claim["device"] + 1, "boot": "earlier"}))
+    assert take_identity(tmp_path / "three", routes=[], registry=registry).index == one.index
 
 
 def test_subnets_the_host_routes_to_are_left_alone(tmp_path: Path) -> None:
@@ -776,12 +843,12 @@ def test_what_a_killed_builder_left_is_removed_and_what_another_works_in_is_not(
     held = os.open(other, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with build.workshop(tmp_path, ".building-") as work:
+        with workshop.workshop(tmp_path, ".building-") as work:
             assert work.is_dir()
             assert not left.exists()
             assert other.exists()
             assert Path("/etc/passwd").exists()
-            with build.workshop(tmp_path, ".building-") as second:
+            with workshop.workshop(tmp_path, ".building-") as second:
                 assert work.is_dir()
             assert not second.exists()
         assert not work.exists()

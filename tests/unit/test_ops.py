@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandyard.server.core import ops, wire
+from sandyard.server.core import copies, ops, wire
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, NodeReport, Phase, Way
@@ -83,7 +83,8 @@ def test_an_operation_that_nobody_knows_is_refused(name: str) -> None:
 
 
 def test_every_operation_is_written_down_once() -> None:
-    found = [one for one in vars(ops).values() if isinstance(one, type) and hasattr(one, "answer")]
+    every = [*vars(ops).values(), *vars(copies).values()]
+    found = {one for one in every if isinstance(one, type) and hasattr(one, "answer")}
     # One that adds nothing for the agent is another's, seen otherwise from here.
     kinds = [one for one in found if "op" in vars(one)]
     assert sorted(str(vars(kind)["op"]) for kind in kinds) == sorted(ops.Op)

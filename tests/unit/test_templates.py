@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sandyard.cli.template import with_secrets
 from sandyard.client import Template
 from sandyard.client.templates import pack_context
 from sandyard.server.core.errors import InvalidArgumentError
@@ -21,12 +23,19 @@ from sandyard.server.core.shapes import Shape
 from sandyard.server.node.images.image import ROOTS, read_image, write_manifest
 from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.versions import Versions
-from sandyard.server.service.builds.building import _Lines, _pinned
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.builds.building import _pinned
 from sandyard.server.service.builds.builds import read, written
+from sandyard.server.service.builds.cache import layers_prefix, step_names
 from sandyard.server.service.builds.config import os_of, read_config
+from sandyard.server.service.builds.credentials import host_of
+from sandyard.server.service.builds.output import Lines, Masks
 from sandyard.server.service.builds.plan import NewFile, NewTemplate, check_plan
 
 SHAPE = Shape(1, 512, 5120)
+
+
+MEMBER = Actor(org_id="o", user_id="u", role="member", scopes=frozenset(), kind="key")
 
 
 # --- what is requested ----------------------------------------------------------------------------
@@ -91,6 +100,18 @@ def test_a_digest_takes_the_place_of_a_tag() -> None:
     assert _pinned(f"host:5000/a/b@{digest}") == f"host:5000/a/b@{digest}"
 
 
+@pytest.mark.parametrize(
+    ("image", "host"),
+    [
+        ("alpine", "docker.io"), ("library/alpine", "docker.io"), ("docker.io/a/b", "docker.io"),
+        ("index.docker.io/a/b", "docker.io"), ("ghcr.io/a/b:c", "ghcr.io"),
+        ("localhost/a", "localhost"), ("host:5000/a", "host:5000"), ("a/b/c", "docker.io"),
+    ],
+)  # fmt: skip
+def test_the_registry_of_an_image(image: str, host: str) -> None:
+    assert host_of(image) == host
+
+
 # --- what an image says of itself -----------------------------------------------------------------
 
 
@@ -149,7 +170,7 @@ def test_an_operating_system_has_a_name() -> None:
 
 
 def test_output_becomes_lines_that_move_no_cursor() -> None:
-    lines = _Lines()
+    lines = Lines()
     assert lines.feed(b"on") == []
     assert lines.feed(b"e\ntwo\r10 %\r\n\n\x1b[31mred\x1b[0m\x1b]0;title\x07!\nla") == [
         "one", "two", "10 %", "red!",
@@ -161,7 +182,7 @@ def test_output_becomes_lines_that_move_no_cursor() -> None:
 
 @given(st.binary())
 def test_lines_are_plain_whatever_is_printed(data: bytes) -> None:
-    lines = _Lines()
+    lines = Lines()
     for one in (*lines.feed(data), *lines.end()):
         assert "\n" not in one
         assert "\x1b" not in one
@@ -317,3 +338,85 @@ async def test_what_is_no_file_system_or_too_large_is_not_kept(images: Images) -
         await images.versions.keep(ABOUT, breaks_off(), size_max=10**6)
     assert list((images.images_dir.parent / "versions").iterdir()) == []
     assert images.versions.names() == []
+
+
+# --- what builds keep ---------------------------------------------------------------------------
+
+
+def test_a_machine_is_named_after_all_that_led_to_it() -> None:
+    steps: list[object] = [["run", "a"], ["run", "b"], ["run", "c"]]
+    names = step_names(MEMBER, ["base", "d1"], steps)
+    assert len(set(names)) == 3
+    assert step_names(MEMBER, ["base", "d1"], steps[:2]) == names[:2]
+    for actor, origin, other in (
+        (replace(MEMBER, org_id="p"), ["base", "d1"], steps),
+        (replace(MEMBER, user_id="v"), ["base", "d1"], steps),
+        (MEMBER, ["base", "d2"], steps),
+        (MEMBER, ["base", "d1"], [["run", "A"], *steps[1:]]),
+    ):
+        assert not set(step_names(actor, origin, other)) & set(names)
+    assert layers_prefix(MEMBER, "a") != layers_prefix(MEMBER, "b")
+
+
+@given(st.text(min_size=4).filter(str.strip), st.text(), st.text())
+def test_a_secret_is_not_in_the_log(secret: str, before: str, after: str) -> None:
+    lines = Lines()
+    said = [*lines.feed(f"{before}{secret}{after}\n".encode()), *lines.end()]
+    masks = Masks([secret])
+    shown = [masks.over(one) for one in said]
+    for part in secret.splitlines():
+        if len(part.strip()) >= 4 and part.isprintable():
+            assert not any(part.strip() in one for one in shown)
+
+
+def test_lines_of_secrets_are_masked_and_short_ones_are_not() -> None:
+    masks = Masks(["-----BEGIN KEY-----\nabcdef\n\nxy\n", "with\x1b[1mcolour"])
+    assert masks.over("a line with abcdef and xy") == "a line with *** and xy"
+    assert masks.over("-----BEGIN KEY----- withcolour") == "*** ***"
+    assert Masks().over("abcdef") == "abcdef"
+
+
+@pytest.mark.parametrize(
+    "secrets",
+    [
+        {"": "x"}, {"a/b": "x"}, {"../x": "x"}, {"a": ""}, {"a": "x" * 65_537}, {"a": "\x00"},
+        {"a b": "x"}, {"1a": "x"}, {str(f"n{one}"): "x" for one in range(21)},
+    ],
+)  # fmt: skip
+def test_secrets_that_no_file_could_be(secrets: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_plan(NewTemplate("t", base="b", secrets=secrets))
+    assert caught.value.facts["field"] == "secrets"
+
+
+# --- secrets on the command line ------------------------------------------------------------------
+
+
+def test_secrets_are_written_as_dockers_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("of a file\n")
+    (tmp_path / "NAME").write_text("of its name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKEN", "of a variable")
+    written = {
+        "id=a,src=file": {"a": "of a file\n"},
+        f"type=file,id=a,source={tmp_path}/file": {"a": "of a file\n"},
+        "id=a,env=TOKEN": {"a": "of a variable"},
+        "id=TOKEN": {"TOKEN": "of a variable"},
+        "id=NAME": {"NAME": "of its name"},
+    }
+    for one, secrets in written.items():
+        template = with_secrets(Template("t").from_template("b"), [one])
+        assert template.body({})["secrets"] == secrets, one
+    assert "secrets" not in with_secrets(Template("t"), None).body({})
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["", "a", "src=file", "id=", "id=a,src=absent", "id=a,env=ABSENT", "id=a,src=x,env=y",
+     "id=a,mode=1", "id=a,src=."],
+)  # fmt: skip
+def test_a_secret_that_cannot_be_read_is_refused_by_its_name(secret: str) -> None:
+    with pytest.raises(typer.BadParameter, match="cannot use --secret"):
+        with_secrets(Template("t"), [secret])

@@ -1,0 +1,1 @@
+"""What the official SDKs of E2B are driven with."""
