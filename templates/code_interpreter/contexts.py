@@ -101,6 +101,8 @@ class Context(ABC):
         self.needs_restart = False
         self.running: asyncio.Task[object] | None = None
         self.boot = ""
+        self.interrupts_again_s: float | None = None
+        """How long code that was interrupted may take to end before it is interrupted again."""
 
     def told(self) -> dict[str, str]:
         """Return the fields that clients see."""
@@ -243,7 +245,9 @@ class Context(ABC):
             async with asyncio.timeout(GRACE_S * pace()):
                 # An interpreter that is idle ignores an interruption.
                 await self.begun.wait()
-                await self.interrupt()
+                while not settling.done():
+                    await self.interrupt()
+                    await asyncio.wait({settling}, timeout=self.interrupts_again_s)
                 await settling
                 return
         except (TimeoutError, ProcessLookupError):

@@ -47,6 +47,9 @@ class ScriptContext(Context):
     ) -> None:
         super().__init__(language, cwd, known)
         self.command = command
+        if language == "bash":
+            # A signal is lost on the process that a shell has just made to become a program.
+            self.interrupts_again_s = 0.5
         self.process: asyncio.subprocess.Process | None = None
         self.held = contextlib.AsyncExitStack()
         self.heard: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(_WAITING_MAX)

@@ -112,7 +112,6 @@ async def test_what_cannot_be_run_is_refused(tmp_path: Path, body: Any, field: s
 
 
 async def test_code_is_interrupted_at_its_time(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contexts, "_GRACE_S", 0.2)
     box = await yard.create()
     context = await made(yard, box)
     late = {"name": "TimeoutError", "value": "it took over 0.1 s", "traceback": ""}
@@ -121,6 +120,7 @@ async def test_code_is_interrupted_at_its_time(yard: Yard, monkeypatch: pytest.M
     (same,) = (await yard.client.get(process)).json()["data"]
     assert same["status"] == "running"
     # What goes on after that is ended, and the context has a new interpreter.
+    monkeypatch.setattr(contexts, "_GRACE_S", 0.2)
     assert await run(yard, box, context, "stubborn", timeout=100) == [("error", None, late), END]
     assert (await run(yard, box, context, "print x"))[0][0] == "stdout"
     old, new = (await yard.client.get(process)).json()["data"]
@@ -163,14 +163,14 @@ async def test_pieces_of_code_run_one_after_another(yard: Yard) -> None:
 async def test_code_is_interrupted_if_its_client_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contexts, "_GRACE_S", 0.2)
     async with door(tmp_path) as opened:
         yard = opened.yard
         box = await yard.create()
         context = await made(yard, box)
         url = f"http://127.0.0.1:{opened.port}{path_of(box, context['id'], 'run')}"
         headers = {"Authorization": f"Bearer {yard.key}"}
-        for word in ("hang", "stubborn"):
+        for word, grace_s in (("hang", 30.0), ("stubborn", 0.2)):
+            monkeypatch.setattr(contexts, "_GRACE_S", grace_s)
             async with (
                 httpx.AsyncClient(timeout=SOON_S, headers=headers) as client,
                 client.stream("POST", url, json={"code": word}) as answer,

@@ -15,7 +15,7 @@ from sandyard.server.links.local import SystemClock
 
 START = datetime(2026, 5, 6, 10, 0, 0, tzinfo=UTC)
 _TURNS = 30
-_THREADS_S = 2.0
+_THREADS_S = 10.0
 
 
 class AheadClock(SystemClock):

@@ -148,6 +148,13 @@ async def test_a_client_that_leaves_interrupts_its_code_alone(bash: Context) -> 
     waiting = asyncio.ensure_future(staying.run("echo $x"))
     running.cancel()
     assert await asyncio.wait_for(waiting, 30) == "5\n"
+    # A shell that starts a program just then does not notice, and is interrupted again.
+    leaving.has_heard.clear()
+    code = "k=0; trap 'k=$((k+1))' INT; echo begun; while [ $k -lt 2 ]; do read -t 1 <> <(:); done"
+    running = asyncio.ensure_future(leaving.run(code))
+    await asyncio.wait_for(leaving.has_heard.wait(), 30)
+    running.cancel()
+    assert await asyncio.wait_for(staying.run("echo $x; trap : INT"), 30) == "5\n"
     # Code that does not end is ended with its interpreter.
     bash_grace, contexts.GRACE_S = contexts.GRACE_S, 0.2
     try:

@@ -276,6 +276,8 @@ class _Drive:
         self._place = place
         self._language = _language_of(place.context_id) or ""
         self._piece = piece
+        # A signal is lost on the process that a shell has just made to become a program.
+        self._waits = [_GRACE_S / 6] * 6 if self._language == "bash" else [_GRACE_S]
         self._told: asyncio.Queue[Report | Exception] = asyncio.Queue(_WAITING_MAX)
         self.opened = asyncio.Event()
         self.failed: Exception | None = None
@@ -341,14 +343,15 @@ class _Drive:
         """Pass on the reports of code that has begun, and interrupt it at its time limit."""
         limit_s, now = self._piece.timeout_ms / 1000, self._clock.monotonic
         late = Finished(CodeError("TimeoutError", f"it took over {limit_s:g} s", ""))
-        until, is_late = now() + limit_s, False
+        until, is_late, waits = now() + limit_s, False, iter(self._waits)
         while True:
             try:
                 async with self._clock.timeout(max(0.0, until - now())):
                     report = await run.next()
             except TimeoutError:
-                if not is_late:
-                    is_late, until = True, now() + _GRACE_S
+                is_late = True
+                if (wait := next(waits, None)) is not None:
+                    until = now() + wait
                     with suppress(NotFoundError):  # it has ended
                         await self._contexts.send_interrupt(*self._where)
                     continue
@@ -370,14 +373,16 @@ class _Drive:
         with suppress(SandyardError, TimeoutError):
             async with self._clock.timeout(_STOP_S):
                 await run.begun.wait()
-            with suppress(NotFoundError):  # it has ended
-                await self._contexts.send_interrupt(*self._where)
-            try:
-                async with self._clock.timeout(_GRACE_S):
-                    while not isinstance(await run.next(), Finished):
-                        pass
-            except (TimeoutError, _DiedError):
-                await self._contexts.renew(*self._where, run.pid)
+            with suppress(_DiedError):
+                for wait in self._waits:
+                    with suppress(NotFoundError):  # it has ended
+                        await self._contexts.send_interrupt(*self._where)
+                    with suppress(TimeoutError):
+                        async with self._clock.timeout(wait):
+                            while not isinstance(await run.next(), Finished):
+                                pass
+                        return
+            await self._contexts.renew(*self._where, run.pid)
 
 
 class _DiedError(Exception):
