@@ -266,6 +266,11 @@ class Lab:
         """Run curl in the guest's network."""
         return await self.run("curl", "-sS", "--max-time", "40", *arguments)
 
+    async def quic(self, name: str, address: str, *, limit_s: float) -> str:
+        """Run a client of QUIC in the guest's network; see tests.support.quic."""
+        command = (sys.executable, "-m", "tests.support.quic", name, address, str(limit_s))
+        return (await self.run(*command)).strip()
+
     async def python(self, script: str, *arguments: str) -> str:
         """Run a script in the guest's network."""
         return await self.run(sys.executable, "-", *arguments, stdin=script)

@@ -1,4 +1,4 @@
-"""The world outside, in a network namespace: DNS, web servers and plain listeners.
+"""The world outside, in a network namespace: DNS, web servers, QUIC and plain listeners.
 
     python -m tests.support.world FOLDER    serves until killed
 
@@ -21,6 +21,8 @@ import dns.rcode
 import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
+
+from tests.support import quic
 
 RESOLVER, GOOD, BAD, OTHER = "10.203.78.53", "203.0.113.200", "203.0.113.201", "203.0.113.202"
 PRIVATE = "192.168.213.77"
@@ -168,6 +170,7 @@ async def main(folder: Path) -> None:
     for address in (GOOD, BAD, OTHER, PRIVATE):
         await asyncio.start_server(web, address, 80)
         await asyncio.start_server(web, address, 443, ssl=expired if address == BAD else context)
+        await quic.serve(address, folder / "certificate.pem", folder / "key.pem")
         for port in ECHO_PORTS:
             await asyncio.start_server(echo, address, port)
     sys.stdout.write("ready\n")

@@ -241,6 +241,17 @@ def hello(name: str) -> bytes:
     return outgoing.read()
 
 
+async def test_quic_passes_by_no_rule(guest: Lab) -> None:
+    assert await guest.quic("good.test", GOOD, limit_s=30) == GOOD, "it is reached without rules"
+    for name in ("good.test", "good.test:443"):
+        guest.restrict(policy(name))
+        assert await ask(guest, "good.test") == f"NOERROR {GOOD}"
+        assert await guest.quic("good.test", GOOD, limit_s=3) == "unanswered"
+    guest.restrict(policy(deny=(BAD,), egress="allow"))
+    assert await guest.quic("good.test", GOOD, limit_s=30) == GOOD
+    assert await guest.quic("bad.test", BAD, limit_s=3) == "unanswered"
+
+
 async def test_a_first_message_of_tls_that_could_mean_something_else_is_refused(guest: Lab) -> None:
     guest.restrict(policy("good.test"))
     alert = "\x15\x03\x01"

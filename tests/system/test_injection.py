@@ -310,6 +310,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
     assert BAD in await guest.curl("-k", f"https://{BAD}/"), "without a server name"
     assert BAD in await guest.curl("http://bad.test/")
     # QUIC would pass by: it is refused at once, so that clients fall back.
+    assert await guest.quic("other.test", OTHER, limit_s=3) == "unanswered"
     assert (await guest.python(script, OTHER, "443")).strip() == "113", "no route: prohibited"
     assert (await guest.python(script, OTHER, "444")).strip() == "111", "its kernel's own refusal"
 
