@@ -3,10 +3,11 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
+from sandyard.server.egress import http
 from sandyard.server.egress.http import Headers, RefusedError, Upstream, converse, unchanged
 from sandyard.server.egress.streams import Counter, PlainStream
 
@@ -49,7 +50,10 @@ async def all_of(guest: socket.socket) -> bytes:
     return said
 
 
-async def test_a_response_that_is_there_at_once_keeps_the_connection() -> None:
+async def test_a_response_that_is_there_at_once_keeps_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "_KEPT_S", 60)
     ours, hosts = socket.socketpair()
     hosts.sendall(OK + OK)
     loop = asyncio.get_running_loop()
@@ -63,6 +67,23 @@ async def test_a_response_that_is_there_at_once_keeps_the_connection() -> None:
     assert b"HTTP/1.1 405 " in said
     with hosts:
         assert hosts.recv(65536).count(b"GET ") == 2
+
+
+async def test_a_connection_that_was_idle_is_not_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "_KEPT_S", 0)
+    loop = asyncio.get_running_loop()
+    pairs = [socket.socketpair() for _ in range(2)]
+    with ExitStack() as held:
+        for _, hosts in pairs:
+            held.enter_context(hosts).sendall(OK)
+        left = iter([ours for ours, _ in pairs])
+        async with conversing(lambda _: next(left)) as guest:
+            await loop.sock_sendall(guest, GET % 1 + GET % 2)
+            guest.shutdown(socket.SHUT_WR)
+            assert (await all_of(guest)).count(b"200 OK") == 2
+        assert [hosts.recv(65536) for _, hosts in pairs] == [GET % 1, GET % 2]
 
 
 async def test_headers_have_a_limit_in_one_piece_too() -> None:

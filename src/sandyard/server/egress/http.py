@@ -19,6 +19,9 @@ from sandyard.server.tasks import concurrently
 _HEADERS_S = 30.0
 _IDLE_S = 900.0
 """How long nothing may pass, either way, before a request is given up: some answers take long."""
+_KEPT_S = 1.0
+"""How long an idle connection to a host is kept. Many hosts close theirs after 2 to 5 s, and a
+request that meets the end is lost."""
 _HEADERS_MAX = 64 * 1024
 _HOST_MAX = 260
 _REFUSED_METHODS = frozenset({b"CONNECT", b"TRACE", b"TRACK", b"PRI"})
@@ -42,6 +45,7 @@ class Upstream:
     def __init__(self, stream: Stream, counter: Counter) -> None:
         self.stream = stream
         self.counter = counter
+        self.idle_since = 0.0
 
     def close(self) -> None:
         """Close it."""
@@ -115,6 +119,7 @@ async def converse(
     """
     peer = _Peer(guest, h11.SERVER, first)
     upstream: tuple[str, Upstream, _Peer] | None = None
+    now = asyncio.get_running_loop().time
     try:
         while True:
             try:
@@ -122,7 +127,12 @@ async def converse(
                 if request is None:
                     return
                 host = _host_of(request, port)
-                if upstream is None or upstream[0] != host or _has_ended(upstream[1]):
+                if (
+                    upstream is None
+                    or upstream[0] != host
+                    or now() - upstream[1].idle_since > _KEPT_S
+                    or _has_ended(upstream[1])
+                ):
                     if upstream is not None:
                         upstream[1].close()
                         upstream = None
@@ -138,6 +148,7 @@ async def converse(
                 goes_on = await _exchange(peer, other, request, headers)
             finally:
                 reached.counter.out, reached.counter.into = other.sent, other.received
+                reached.idle_since = now()
             if not goes_on:
                 await linger(guest)
                 return
