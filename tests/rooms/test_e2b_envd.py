@@ -17,7 +17,8 @@ import pytest
 from tests.support.e2b import STREAM, Box, create, enveloped, opened
 from tests.support.house import Yard, eventually, open_yard
 
-from sandyard.server.drivers.fake_files import ROOM
+from sandyard.server.drivers.fake_files import ROOM, FakeFiles
+from sandyard.server.drivers.fake_programs import FakeProgram
 
 PROCESS, FILES = "process.Process", "filesystem.Filesystem"
 
@@ -147,7 +148,19 @@ async def test_input_and_its_end(box: Box) -> None:
     assert [list(one["event"]) for one in again] == [["start"], ["end"]]
 
 
-async def test_a_terminal(box: Box) -> None:
+def called(monkeypatch: pytest.MonkeyPatch, kind: type, method: str) -> asyncio.Event:
+    """Return what is set once a method has been called."""
+    event, real = asyncio.Event(), getattr(kind, method)
+
+    def noted(*given: Any) -> Any:
+        event.set()
+        return real(*given)
+
+    monkeypatch.setattr(kind, method, noted)
+    return event
+
+
+async def test_a_terminal(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     pid = await pid_of(box, "cat", pty={"size": {"cols": 80, "rows": 24}})
     which = {"process": {"pid": pid}}
     size = {"pty": {"size": {"cols": 100, "rows": 40}}}
@@ -156,8 +169,9 @@ async def test_a_terminal(box: Box) -> None:
     assert await refusal(await box.call(f"{PROCESS}/Update", {**which, **wrong})) == (
         400, "invalid_argument",
     )  # fmt: skip
+    attached = called(monkeypatch, FakeProgram, "attached")
     followed = asyncio.create_task(box.stream(f"{PROCESS}/Connect", which))
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(attached.wait(), 20)
     typed = {"input": {"pty": base64.b64encode(b"typed").decode()}}
     await box.call(f"{PROCESS}/SendInput", {**which, **typed})
     await box.call(f"{PROCESS}/SendSignal", {**which, "signal": 15})
@@ -222,7 +236,7 @@ async def test_a_deadline_ends_the_call(box: Box) -> None:
     pid = await pid_of(box, "hang")
     began = time.monotonic()
     messages, end = await box.stream(
-        f"{PROCESS}/Connect", {"process": {"pid": pid}}, **{"Connect-Timeout-Ms": "200"}
+        f"{PROCESS}/Connect", {"process": {"pid": pid}}, **{"Connect-Timeout-Ms": "2000"}
     )
     assert time.monotonic() - began < 10
     assert end["error"]["code"] == "deadline_exceeded"
@@ -234,7 +248,7 @@ async def test_silence_is_interrupted_by_signs_of_life(box: Box) -> None:
     pid = await pid_of(box, "hang")
     messages, _ = await box.stream(
         f"{PROCESS}/Connect", {"process": {"pid": pid}},
-        **{"Connect-Timeout-Ms": "2500", "Keepalive-Ping-Interval": "1"},
+        **{"Connect-Timeout-Ms": "5000", "Keepalive-Ping-Interval": "1"},
     )  # fmt: skip
     assert {"event": {"keepalive": {}}} in messages
 
@@ -615,23 +629,25 @@ async def test_watches(box: Box) -> None:
         assert answer.json()["code"] == code
 
 
-async def test_a_watch_that_is_streamed(box: Box) -> None:
+async def test_a_watch_that_is_streamed(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     await box.call(f"{FILES}/MakeDir", {"path": "w"})
-    watching = asyncio.create_task(
-        box.stream(f"{FILES}/WatchDir", {"path": "w"}, **{"Connect-Timeout-Ms": "1500"})
-    )
-    await asyncio.sleep(0.3)
+    watched = called(monkeypatch, FakeFiles, "watched")
+    watching = asyncio.create_task(box.stream(f"{FILES}/WatchDir", {"path": "w"}))
+    await asyncio.wait_for(watched.wait(), 20)
     await write(box, "w/a", b"1")
+    await box.call(f"{FILES}/Remove", {"path": "w"})
     messages, end = await watching
-    assert messages == [
+    assert messages[:2] == [
         {"start": {}}, {"filesystem": {"name": "a", "type": "EVENT_TYPE_CREATE"}}
     ]  # fmt: skip
-    assert end["error"]["code"] == "deadline_exceeded"
-    watching = asyncio.create_task(box.stream(f"{FILES}/WatchDir", {"path": "w"}))
-    await asyncio.sleep(0.3)
-    await box.call(f"{FILES}/Remove", {"path": "w"})
-    _, end = await watching
     assert end["error"]["code"] == "not_found"
+
+
+async def test_a_watch_ends_at_its_deadline(box: Box) -> None:
+    await box.call(f"{FILES}/MakeDir", {"path": "w"})
+    deadline = {"Connect-Timeout-Ms": "500"}
+    _, end = await box.stream(f"{FILES}/WatchDir", {"path": "w"}, **deadline)
+    assert end["error"]["code"] == "deadline_exceeded"
 
 
 async def test_the_rest_of_the_daemon(box: Box) -> None:
