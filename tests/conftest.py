@@ -19,7 +19,7 @@ from tests.support.ports import free_port
 from tests.support.routes import compile_once
 from tests.support.server import QEMU, is_slow, keep_a_golden, paced
 
-_PATIENCE = 200  # looks, ten milliseconds apart
+_PATIENCE = 3000  # looks, ten milliseconds apart
 _BEGAN = time.monotonic()
 _TOO_LATE = "NOT RUN: the time for tests was over; scripts/test without --within runs it"
 

@@ -94,8 +94,15 @@ from sandyard.server.service.people.organizations import SignUp
 NOW = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 KEY = b"k" * 32
 NEWEST, FIRST_FLOOR = "0023", "0016"
+PING_S = store_module._PING_S
 ORG, OTHER = new_uuid(), new_uuid()
 USER, PROJECT = new_uuid(), new_uuid()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy database is not what most of these tests are about."""
+    monkeypatch.setattr(store_module, "_PING_S", 20.0)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
@@ -709,14 +716,16 @@ async def test_a_turn_that_does_not_come_is_told_of(monkeypatch: pytest.MonkeyPa
 async def test_a_server_that_stands_still_within_a_statement_loses_its_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(POSTGRES, "connect_args", {"server_settings": {"statement_timeout": "100"}})
+    monkeypatch.setitem(
+        POSTGRES, "connect_args", {"server_settings": {"statement_timeout": "1000"}}
+    )
     async with postgres_url() as url, open_store(url, key=KEY) as store:
         with pytest.raises(UnavailableError):
             async with store.write(ORG) as tx:
                 # Another statement than ever before: it is prepared, and not executed.
                 reading = asyncio.create_task(tx.sandboxes.page(SandboxQuery(ORG, limit=10)))
                 await asyncio.sleep(0)
-                time.sleep(0.5)
+                time.sleep(3)
                 await reading
         async with store.write(ORG):
             pass
@@ -841,7 +850,9 @@ class Cable:
 
 
 @pytest.mark.postgres
-async def test_without_an_answer_to_a_ping_nothing_waits_for_the_database() -> None:
+async def test_without_an_answer_to_a_ping_nothing_waits_for_the_database(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cable = Cable()
     async with AsyncExitStack() as held:
         url = await held.enter_async_context(postgres_url())
@@ -869,9 +880,10 @@ async def test_without_an_answer_to_a_ping_nothing_waits_for_the_database() -> N
         works = [one() for _ in range(20) for one in (read, glance, write)]
         waiting = [asyncio.create_task(one) for one in works]
         await asyncio.sleep(0)
-        with pytest.raises(UnavailableError):
+        with monkeypatch.context() as patched, pytest.raises(UnavailableError):
+            patched.setattr(store_module, "_PING_S", PING_S)
             await store.ping()
-        async with asyncio.timeout(6):  # one turn alone is waited for for ten seconds
+        async with asyncio.timeout(9):  # one turn alone is waited for for ten seconds
             outcomes = await asyncio.gather(*waiting, return_exceptions=True)
             assert {type(one) for one in outcomes} == {UnavailableError}
             for late in (read, glance, write):
@@ -917,7 +929,7 @@ async def test_connections_that_were_ended_cost_nobody_anything() -> None:
 async def test_a_database_that_says_nothing_is_not_waited_for_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(POSTGRES, "connect_args", {"command_timeout": 0.3})
+    monkeypatch.setitem(POSTGRES, "connect_args", {"command_timeout": 3})
     async with postgres_url() as url, open_store(url, key=KEY) as store:
         await furnish(store)
         one = sandbox()

@@ -240,7 +240,7 @@ async def test_a_machine_that_dies_during_an_exec_ends_it_at_once(yard: Yard) ->
     machine = yard.machine_of(data)
     await until(lambda: machine.executing == ["hang"])
     machine.die()
-    answer = await asyncio.wait_for(hanging, 5)
+    answer = await asyncio.wait_for(hanging, 60)
     assert answer.status_code == 409
     assert answer.json()["error"]["code"] == "invalid_state"
     assert "machine" in answer.json()["error"]["message"]

@@ -231,7 +231,7 @@ async def test_a_message_that_is_too_large_and_one_who_never_reads(tmp_path: Pat
         assert socket.close_code == 1009
         noisy = await started(yard, box, command="flood")
         url = url_of(opened, box, noisy)
-        async with AsyncExitStack() as opening, httpx.AsyncClient() as client:
+        async with AsyncExitStack() as opening, httpx.AsyncClient(timeout=60) as client:
             for _ in range(3):
                 stuck = await connect(
                     url, additional_headers={"X-API-Key": yard.key}, proxy=None, max_queue=1

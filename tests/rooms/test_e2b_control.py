@@ -263,7 +263,7 @@ async def test_the_same_request_again_deletes_nothing(client: httpx.AsyncClient)
 
 
 async def test_of_several_connects_the_longest_counts(client: httpx.AsyncClient) -> None:
-    box = await create(client, timeout=5)
+    box = await create(client, timeout=60)
     await client.post(f"/sandboxes/{box.id}/pause")
     path = f"/v2/sandboxes/{box.id}/connect"
     timeouts = (20, 3600, 40)

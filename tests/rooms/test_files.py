@@ -218,16 +218,15 @@ async def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 async def test_an_upload_may_take_longer_than_an_agent_may_stand_still(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frames, "STILL_S", 0.3)
+    monkeypatch.setattr(frames, "STILL_S", 1.5)
     async with door(tmp_path) as opened:
         yard = opened.yard
         box = await yard.create()
         url = f"http://127.0.0.1:{opened.port}{files_of(box)}"
         headers = {"Authorization": f"Bearer {yard.key}"}
-        until = asyncio.get_running_loop().time() + 1.0
 
         async def body() -> AsyncIterator[bytes]:
-            while asyncio.get_running_loop().time() < until:
+            for _ in range(60):
                 yield b"x"
                 await asyncio.sleep(0.05)
 

@@ -288,7 +288,7 @@ async def test_a_command_under_way_is_told_of_a_pause(yard: Yard) -> None:
     hanging = asyncio.ensure_future(yard.client.post(path, json={"command": "hang"}))
     await eventually(lambda: is_used(yard, box))
     await yard.act(box, "pause")
-    answer = await asyncio.wait_for(hanging, 5)
+    answer = await asyncio.wait_for(hanging, 60)
     assert answer.status_code == 409
     assert answer.json()["error"]["details"] == {"status": "paused"}
     assert "paused meanwhile" in answer.json()["error"]["message"]
@@ -1029,7 +1029,7 @@ async def test_a_wish_of_which_nobody_knows_whether_it_was_written_is_worked_on_
             return bool(now.json()["data"]["status"] == {"pause": "paused"}.get(wish, "running"))
 
         # Sooner than the lease would run out under which it was written.
-        await eventually(is_done)
+        await eventually(is_done, limit_s=20)
 
 
 async def test_forks_of_which_nobody_knows_whether_they_were_written_run_soon(
@@ -1050,7 +1050,7 @@ async def test_forks_of_which_nobody_knows_whether_they_were_written_run_soon(
             listed = (await yard.client.get("/v1/sandboxes")).json()["data"]
             return [one["status"] for one in listed] == ["running"] * 4
 
-        await eventually(all_run)
+        await eventually(all_run, limit_s=20)
         # Asked again, it is told what was made the first time.
         again = (await ask()).json()["data"]
         assert len(again) == 3

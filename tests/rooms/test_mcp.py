@@ -201,7 +201,7 @@ async def test_over_http_for_whoever_shows_the_key(opened: Door) -> None:
             url = f"http://127.0.0.1:{port}/mcp"
             while not served.started:
                 await asyncio.sleep(0.01)
-            async with httpx2.AsyncClient() as nobody:
+            async with httpx2.AsyncClient(timeout=60) as nobody:
                 for headers in ({}, {"Authorization": "Bearer rt_live_x"}):
                     answer = await nobody.post(url, headers=headers, json={})
                     assert answer.status_code == 401
@@ -218,7 +218,7 @@ async def test_over_http_for_whoever_shows_the_key(opened: Door) -> None:
                     assert answer.status_code == status, headers
             shows = {"Authorization": f"Bearer {opened.yard.key}", "Host": "agents.example.org"}
             async with (
-                httpx2.AsyncClient(headers=shows) as http,
+                httpx2.AsyncClient(headers=shows, timeout=60) as http,
                 Client(streamable_http_client(url, http_client=http)) as client,
             ):
                 await live(client)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.clock import DrivenClock
 from tests.support.postgres import postgres_url
-from tests.support.store import recounted
+from tests.support.store import place_database, recounted
 
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import SandyardError
@@ -202,6 +202,8 @@ class Bench:
 
 
 async def with_bench(work: object, url: str) -> None:
+    if url.startswith("sqlite"):
+        place_database(Path(url.removeprefix("sqlite:///")))
     async with open_store(url, key=b"k" * 32) as store:
         user = User(new_uuid(), "a@b.c", "A", START)
         async with store.write(Turn.ALONE) as tx:

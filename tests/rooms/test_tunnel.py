@@ -24,6 +24,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.links.identities import Authority, control_name, new_request, node_name
+from sandyard.server.links.tunnel import client
 from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.ends import context_of
 from sandyard.server.links.tunnel.frames import (
@@ -235,7 +236,9 @@ async def test_who_goes_on_with_what_is_over_disturbs_no_other(ends: Ends) -> No
         assert ends.machines.guest.came == b"mine"
 
 
-async def test_a_hundred_at_once(ends: Ends) -> None:
+async def test_a_hundred_at_once(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_DIAL_S", _LIMIT_S)
+
     async def one(number: int) -> None:
         async with ends.tunnel.open(WHERE, DIAL) as opened:
             await opened.stream.write(b"%d" % number)

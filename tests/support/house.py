@@ -212,7 +212,7 @@ async def assert_added_up(store: Store) -> None:
             assert await tx.usage.in_use(one.id, now) == await recounted(tx, one.id, now)
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float = 60.0) -> None:
     """Return once an async condition holds; fail at the limit."""
     async with asyncio.timeout(limit_s):
         while not await condition():
@@ -227,7 +227,7 @@ async def looked(yard: Yard) -> None:
         await until(lambda: comparison.heard_at != before)  # noqa: B023 - awaited here
 
 
-async def until(condition: Callable[[], bool], *, limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], *, limit_s: float = 60.0) -> None:
     """Return once a condition holds; fail at the limit."""
     async with asyncio.timeout(limit_s):
         while not condition():

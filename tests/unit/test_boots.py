@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.support.clock import DrivenClock
+from tests.support.clock import DrivenClock, count_threads
 
 from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
 from sandyard.server.drivers.processes import starved_s
@@ -76,6 +76,7 @@ async def test_a_machine_that_stands_still_is_given_up(
 async def test_time_without_a_processor_does_not_count_up_to_ten_times_the_limit(
     monkeypatch: pytest.MonkeyPatch, starved: float, takes_s: float
 ) -> None:
+    count_threads()
     clock = DrivenClock()
     monkeypatch.setattr(start, "starved_s", lambda _: 1000 + starved * clock.monotonic())
     machine: Any = Machine()

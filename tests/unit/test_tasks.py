@@ -46,7 +46,7 @@ async def test_work_that_fails_is_told_and_takes_nothing_along(
             crew.start(fail(UnavailableError("no matter")), "another failed", quietly=True)
             crew.start(fail(ValueError("a bug")), "a third failed")
             crew.start(go_on(), "it does not go on")
-            await asyncio.wait_for(done.wait(), 1)
+            await asyncio.wait_for(done.wait(), 30)
     told = {(one.levelname, one.getMessage()) for one in caplog.records if "failed" in one.message}
     assert told == {
         ("WARNING", "one thing failed: not now"),

@@ -46,7 +46,7 @@ def test_each_tier_runs_what_it_should(
         [sys.executable, "-m", "pytest", "-v", "-rs", "-p", "no:cacheprovider",
          "-c", ROOT / "pyproject.toml", "--rootdir", ROOT,
          "--confcutdir", ROOT, "-p", "tests.conftest", *arguments, probe],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=100,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

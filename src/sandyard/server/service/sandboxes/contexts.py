@@ -351,9 +351,9 @@ class _Drive:
             except TimeoutError:
                 is_late = True
                 if (wait := next(waits, None)) is not None:
-                    until = now() + wait
                     with suppress(NotFoundError):  # it has ended
                         await self._contexts.send_interrupt(*self._where)
+                    until = now() + wait
                     continue
                 run.is_over = True
                 await to_the_end(self._contexts.renew(*self._where, run.pid))
