@@ -76,8 +76,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("machine"):
             item.add_marker(pytest.mark.root)
             item.add_marker(pytest.mark.slow)
-            # The first of them on a new machine builds the templates.
-            item.add_marker(pytest.mark.timeout(1200))
+            if item.get_closest_marker("timeout") is None:
+                # The first of them on a new machine builds the templates.
+                item.add_marker(pytest.mark.timeout(1200))
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs root"))
 

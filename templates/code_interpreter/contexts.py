@@ -19,7 +19,7 @@ STATE = Path("/run/sandyard/state")
 """The agent's record of its sandbox, with the sandbox's environment in `env`."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """It differs between sandboxes, even between those started from the same saved machine."""
-GRACE_S = 3.0
+GRACE_S = 5.0
 """How long code may take to end after an interruption, before its interpreter is replaced."""
 START_S = 120.0
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)

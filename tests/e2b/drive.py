@@ -123,8 +123,8 @@ async def copies(box: Any) -> None:
     await done(box.files.write("here", "after"))
     found = await done(Sandbox.list_snapshots(sandbox_id=box.sandbox_id).next_items())
     assert snapshot.snapshot_id in [one.snapshot_id for one in found]
-    old = await done(Sandbox.create(snapshot.snapshot_id, timeout=60))
-    (fork,) = await done(box.fork(timeout=60))
+    old = await done(Sandbox.create(snapshot.snapshot_id, timeout=600))
+    (fork,) = await done(box.fork(timeout=600))
     assert await done(old.files.read("here")) == "before"
     assert await done(fork.files.read("here")) == "after"
     for one in (old, fork):

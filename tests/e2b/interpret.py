@@ -108,7 +108,7 @@ async def interruptions(box: Any) -> None:
         assert "Timeout" in await error_of(lambda code=code: box.run_code(code, timeout=1))
         began = time.monotonic()
         assert (await done(box.run_code("6"))).text == "6"
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 200
         if "while" not in code:
             assert (await done(box.run_code("z"))).text == "7"
 

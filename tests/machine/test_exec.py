@@ -271,7 +271,7 @@ def test_a_machine_killed_during_an_exec_ends_it_at_once(server: RealServer) -> 
         answer = running.result(timeout=longer(10))
     assert answer.status_code == 409
     assert answer.json()["error"]["details"]["status"] == "error"
-    wait_until(lambda: server.get(box)["status"] == "error", limit_s=5)
+    wait_until(lambda: server.get(box)["status"] == "error", limit_s=20)
     reason = server.get(box)["statusReason"]
     assert isinstance(reason, dict)
     assert reason["code"] == "machine_died"
@@ -331,8 +331,9 @@ def test_no_two_machines_share_what_must_be_unique(server: RealServer, box: str)
         "head -c 32 /dev/urandom | base64",
     ):
         assert server.execute(box, command)["stdout"] != server.execute(other, command)["stdout"]
-    skew = float(str(server.execute(box, "date +%s.%N")["stdout"])) - time.time()
-    assert abs(skew) < 2
+    before = time.time()
+    told = float(str(server.execute(box, "date +%s.%N")["stdout"]))
+    assert before - 2 < told < time.time() + 2
 
 
 def test_bytes_that_are_no_text_go_in_and_come_out_as_they_are(

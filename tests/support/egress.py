@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -246,9 +247,14 @@ class Lab:
         self._seen = len(read_journal(self.folder, now=0))
         self.resolves()
 
-    def journal(self) -> list[Line]:
-        """Return the lines of the journal since then."""
-        return read_journal(self.folder, now=0)[self._seen :]
+    def journal(self, count: int = 0) -> list[Line]:
+        """Return the lines of the journal since then, once there are `count` at least: one is
+        written when both ends of a connection have ended."""
+        until = time.monotonic() + 30
+        while len(lines := read_journal(self.folder, now=0)[self._seen :]) < count:
+            assert time.monotonic() < until, lines
+            time.sleep(0.02)
+        return lines
 
     async def run(self, *command: str, stdin: str = "") -> str:
         """Run a command in the guest's network; return what it printed, and its exit code if that

@@ -241,7 +241,7 @@ class RealServer:
         )
         assert answer.status_code == 201, answer.text
         data: dict[str, object] = answer.json()["data"]
-        if wait and data["status"] == "creating" and is_slow():
+        if wait and data["status"] == "creating":
             self.wait_running(data["id"])
             data = self.get(data["id"])
         assert wait == 0 or data["status"] == "running", data
@@ -299,7 +299,7 @@ class RealServer:
     def act(self, reference: object, action: str, **body: object) -> Any:
         """Ask for an action on a sandbox and return what it answered."""
         answer = self.client.post(f"/v1/sandboxes/{reference}/{action}", json=body)
-        if answer.status_code == 503 and "ask again" in answer.text and is_slow():
+        if answer.status_code == 503 and "ask again" in answer.text:
             # The request has waited long enough; what it asked for goes on.
             moving = ("creating", "pausing", "resuming")
             wait_until(lambda: self.status(reference) not in moving, limit_s=60, what=action)

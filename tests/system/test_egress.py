@@ -20,9 +20,9 @@ from tests.support.world import BAD, GOOD, OTHER, PRIVATE
 
 from sandyard.server.core.egress import NO_RULES
 from sandyard.server.egress import config
-from sandyard.server.egress.journal import LINES_MAX
+from sandyard.server.egress.journal import LINES_MAX, Line
 
-pytestmark = [pytest.mark.root]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
 # Dials an address, sends what it reads, a line in hex after the other, and prints all that comes.
 TALK = """
@@ -545,9 +545,18 @@ async def test_the_journal_has_who_was_reached_and_what_passed(guest: Lab) -> No
     await guest.curl("http://good.test/large")
     await guest.curl("-k", "https://good.test/")
     await talk(guest, OTHER, 9999, b"x" * 100)
-    await guest.curl(f"http://{BAD}/")
+
     # The tests before may have been faster than a journal counts.
-    lines = [one for one in guest.journal() if one["verdict"] != "skipped"]
+    def written() -> list[Line]:
+        return [one for one in guest.journal() if one["verdict"] != "skipped"]
+
+    async with asyncio.timeout(30):
+        while len(written()) < 3:  # the last connection's, once both its ends have ended
+            await asyncio.sleep(0.02)
+    await guest.curl(f"http://{BAD}/")
+    async with asyncio.timeout(30):
+        while len(lines := written()) < 4:
+            await asyncio.sleep(0.02)
     assert len(lines) <= LINES_MAX
     shown = [
         (one["verdict"], one["rule"], one["name"], one["address"], one["port"]) for one in lines

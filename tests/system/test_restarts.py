@@ -170,7 +170,7 @@ def test_a_full_host_disk_stalls_a_machine_and_room_lets_it_go_on(tmp_path: Path
             told = server.get(box)["statusReason"]
             return told["code"] if isinstance(told, dict) else None
 
-        wait_until(lambda: reason() == "host_disk_full", limit_s=60)
+        wait_until(lambda: reason() == "host_disk_full", limit_s=120)
         assert server.get(box)["status"] == "running"
         full = server.client.post("/v1/sandboxes", json={"template": "base-minimal"})
         assert (full.status_code, full.json()["error"]["code"]) == (503, "no_capacity")
@@ -179,6 +179,7 @@ def test_a_full_host_disk_stalls_a_machine_and_room_lets_it_go_on(tmp_path: Path
         wait_until(
             lambda: server.execute(box, "cat /end")["stdout"] == "done\n",
             what="it wrote it all",
+            limit_s=120,
         )
         server.delete(box)
         server.stop()

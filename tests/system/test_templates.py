@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,12 +133,13 @@ def files_with(what: bytes, folder: Path) -> list[Path]:
     """Return the files that have something in them, disks and memory of machines as well."""
     found = []
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
-                for start, end in extents(file.fileno()):
-                    file.seek(start)
-                    if what in file.read(end - start):
-                        found.append(path)
+        with suppress(FileNotFoundError):  # it may be removed meanwhile
+            if path.is_file() and not path.is_symlink():
+                with path.open("rb") as file:
+                    for start, end in extents(file.fileno()):
+                        file.seek(start)
+                        if what in file.read(end - start):
+                            found.append(path)
     return found
 
 
