@@ -100,8 +100,9 @@ def made_by_bash(env: dict[str, str], folder: Path) -> dict[bytes, bytes]:
 
 
 VARIABLES = subprocess.run(
-    ["bash", "-c", "compgen -v"], capture_output=True, text=True, check=True
-).stdout.split()
+    ["bash", "-c", "compgen -v"], capture_output=True, text=True, check=True,
+    env={"PATH": os.environ["PATH"]},
+).stdout.split()  # fmt: skip
 
 
 @pytest.mark.parametrize(
