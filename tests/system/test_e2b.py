@@ -28,8 +28,8 @@ DOMAIN = "e2b.localhost"
 TEMPLATES = {"e2b-base", "code-interpreter"}
 WHICH = ("oldest", "newest")
 _REFUSED = {
-    "Sandbox.update_network": "refuses by name: `rules`, `egressProxy`, `httpsPorts`, `dnsServers`",
-    "Sandbox.create": "refuses by name: the same of `network`, `volumeMounts` and `iam`",
+    "Sandbox.update_network": "refuses by name: `egressProxy`, `httpsPorts`, `dnsServers`",
+    "Sandbox.create": "refuses by name: `volumeMounts`, `iam`, the same of `network`",
     "Sandbox.get_metrics": "samples of the last hour, one every 15 s while the sandbox runs",
     "Sandbox.get_host": "needs a domain",
     "Sandbox.download_url": "needs a domain",
