@@ -21,6 +21,8 @@ from tests.support.server import QEMU, is_slow, keep_a_golden, paced
 
 _PATIENCE = 3000  # looks, ten milliseconds apart
 _BEGAN = time.monotonic()
+_USUAL_LIMIT_S = 1200
+"""The time limit of tests with machines."""
 _TOO_LATE = "NOT RUN: the time for tests was over; scripts/test without --within runs it"
 
 
@@ -56,9 +58,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test for which the time is over."""
-    within = item.config.getoption("--within")
-    if within is not None and time.monotonic() - _BEGAN > within * 60:
+    """Skip a test for which the time is over; one that may take long must begin earlier."""
+    within, limit = item.config.getoption("--within"), item.get_closest_marker("timeout")
+    longer_s = max(0, limit.args[0] - _USUAL_LIMIT_S) / 2 if limit is not None else 0
+    if within is not None and time.monotonic() - _BEGAN > within * 60 - longer_s:
         pytest.skip(_TOO_LATE)
 
 
@@ -78,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
             if item.get_closest_marker("timeout") is None:
                 # The first of them on a new machine builds the templates.
-                item.add_marker(pytest.mark.timeout(1200))
+                item.add_marker(pytest.mark.timeout(_USUAL_LIMIT_S))
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs root"))
 
