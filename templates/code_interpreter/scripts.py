@@ -48,7 +48,7 @@ class ScriptContext(Context):
         super().__init__(language, cwd, known)
         self.command = command
         if language == "bash":
-            # A signal is lost on the process that a shell has just made to become a program.
+            # A shell can lose a signal that arrives while it starts a program.
             self.interrupts_again_s = 0.5
         self.process: asyncio.subprocess.Process | None = None
         self.held = contextlib.AsyncExitStack()

@@ -31,7 +31,7 @@ def open_things(*, namespaces: bool = False) -> set[str]:
     mounts = {line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()}
     of_tests = (f"{folder}/sy-{os.getpid()}-", f"{folder}/t-{os.getpid()}-")
     names = {one.name.rpartition("-")[0] for one in Path("/run/netns").glob("syd-*")}
-    names.discard("syd-test")  # of a lab, which the other tier may have open
+    names.discard("syd-test")  # a lab of the other tier may be open
     others = {one for one in names if not _may_be_own(one, of_tests)} if namespaces else names
     return (
         open_sockets()

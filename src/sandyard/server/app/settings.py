@@ -308,9 +308,9 @@ class NodeSettings(Section):
     extra_ca: Path | None = Field(
         None,
         description="A file of CA certificates (PEM) that sandboxes trust in addition, for "
-        "hosts behind TLS inspection. It takes effect when a template is built. Hosts that rules "
-        "of a network name for `inject` and `inspect` are checked by it, too, from the server's "
-        "next start.",
+        "hosts behind TLS inspection. It takes effect when a template is built. The server "
+        "also uses it to verify the hosts in `inject` and `inspect` of network rules; for these, "
+        "it takes effect when the server starts.",
     )
     build_network: Literal["own", "host"] = Field(
         "own",

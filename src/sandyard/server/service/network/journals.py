@@ -26,8 +26,8 @@ _REFUSED = "sandbox.network_refused"
 
 
 class Journals:
-    """See the module. `run` is a task for as long as the server works; with several hosts, one
-    server at a time does the work."""
+    """Run `run` as a task for as long as the server works; with several hosts, one server at a
+    time does the work."""
 
     def __init__(self, platform: Platform) -> None:
         self._store = platform.store

@@ -276,7 +276,7 @@ class _Drive:
         self._place = place
         self._language = _language_of(place.context_id) or ""
         self._piece = piece
-        # A signal is lost on the process that a shell has just made to become a program.
+        # A shell can lose a signal that arrives while it starts a program.
         self._waits = [_GRACE_S / 6] * 6 if self._language == "bash" else [_GRACE_S]
         self._told: asyncio.Queue[Report | Exception] = asyncio.Queue(_WAITING_MAX)
         self.opened = asyncio.Event()
