@@ -1560,14 +1560,41 @@ async def test_a_guest_that_only_seems_to_have_halted_lives(yard: Yard) -> None:
     assert await yard.execute(box, "hi") == "hi"
 
 
-async def test_what_is_resumed_and_silent_is_booted_from_its_disk_and_says_so(yard: Yard) -> None:
+async def test_a_silent_agent_at_a_resume_costs_no_memory(yard: Yard) -> None:
     box = await yard.create()
-    await yard.execute(box, "write kept")
+    await yard.execute(box, "remember it")
     await yard.act(box, "pause")
     yard.conduct.mute_wakes = 2
-    resumed = await yard.act(box, "resume")
-    assert resumed["statusReason"]["code"] == "restarted_from_disk"
-    assert await yard.execute(box, "read") == "kept"
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/resume")
+    assert answer.status_code == 503
+    assert "it is paused as before" in answer.json()["error"]["message"]
+    assert (await yard.get(box))["status"] == "paused"
+    assert (await yard.act(box, "resume"))["statusReason"] is None
+    assert await yard.execute(box, "recall") == "it"
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["untouched", "written"])
+async def test_a_machine_that_dies_before_it_is_woken_is_paused_if_its_disk_allows(
+    yard: Yard, *, writes: bool
+) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember it")
+    await yard.act(box, "pause")
+    yard.conduct.answers = False
+    resuming = asyncio.create_task(yard.client.post(f"/v1/sandboxes/{box['id']}/resume"))
+    body = record_of(yard.home, box).parent / "body-1"
+    await until(lambda: (body / "spent").exists() and not yard.machine_of(box).is_held)
+    if writes:
+        (body / "disk.ext4").write_text("written since")
+    yard.machine_of(box).die()
+    assert (await resuming).status_code == 503
+    yard.conduct.answers = True
+    if writes:
+        assert (await yard.get(box))["status"] == "error"
+        return
+    assert (await yard.get(box))["status"] == "paused"
+    assert (await yard.act(box, "resume"))["statusReason"] is None
+    assert await yard.execute(box, "recall") == "it"
 
 
 async def test_one_silence_at_a_resume_costs_no_memory(yard: Yard) -> None:

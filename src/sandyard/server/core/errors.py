@@ -289,8 +289,8 @@ class DeadlineExceededError(UnavailableError):
 
 
 class AgentSilentError(UnavailableError):
-    """The machine runs again from its saved state and its agent does not answer; its disk can still
-    be used."""
+    """The machine was resumed from its saved state and its agent does not answer. Its memory is
+    kept."""
 
 
 class InternalError(SandyardError):

@@ -91,7 +91,6 @@ TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
         },
         _S.RESUMING: {
             _E.READY: _S.RUNNING,
-            _E.RESTART: _S.RESUMING,  # what it was resumed from is unusable
             _E.RESUME_FAILED: _S.PAUSED,
             _E.BROKE: _S.ERROR,
             _E.DELETE: _S.DESTROYING,

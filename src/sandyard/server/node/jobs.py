@@ -266,6 +266,7 @@ class Jobs:
     async def _take(self, owner: Owner, wish: MachineWish) -> None:
         """Make a living machine the requested incarnation; wake it if that has not been done."""
         resident, before = owner.resident, owner.resident.record
+        is_awake = before.phase is not Phase.WAKING
         try:
             if not resident.is_up:
                 raise UnavailableError(
@@ -280,23 +281,29 @@ class Jobs:
             way = None
             if resident.phase is Phase.WAKING:
                 await resident.saving.let_run()
-                await resident.guest.wake()
-                way = Way.RESUME
+                await _woken(resident)
+                is_awake, way = True, Way.RESUME
+                await resident.mount_anew()
             await resident.trust_if_possible()
             # Not earlier: until it is usable, a repeated request must find the work undone.
             resident.current.count_as(wish.incarnation)
             await resident.current.enter(Phase.RUNNING)
+            resident.process.remove_spent_later()
             owner.watch(way)
             resident.guest.keep_spare()
         except BaseException:
-            await to_the_end(self._fall_back(resident, before))
+            await to_the_end(self._fall_back(owner, before, is_awake=is_awake))
             raise
 
     async def _resume(self, owner: Owner, wish: MachineWish) -> None:
-        """Resume a paused machine; on failure it stays paused, if possible."""
+        """Resume a paused machine; on failure it stays paused, if possible.
+
+        The state that it is resumed from is removed only once the machine is in use.
+        """
         await self._reserve_again(owner, wish)
         began = self._means.clock.monotonic()
         resident, before = owner.resident, owner.resident.record
+        is_awake = False
         resident.use(wish)
         try:
             await resident.end()  # in case something could not be released before
@@ -304,12 +311,14 @@ class Jobs:
             async with self._restores.take(Rank.ASKED, wish.org_id):
                 await resident.process.bring_up(source=state.about)
                 await _woken(resident)
+                is_awake = True
             await resident.trust_if_possible()
             await resident.mount_anew()
             resident.current.count_as(wish.incarnation)  # as above
             await self._is_running(owner, Way.RESUME)
+            resident.process.remove_spent_later()
         except IncompatibleError:
-            await to_the_end(self._fall_back(resident, before))
+            await to_the_end(self._fall_back(owner, before, is_awake=False))
             raise
         except DamagedError as error:
             await to_the_end(resident.end())
@@ -317,25 +326,35 @@ class Jobs:
             resident.current.mark(Phase.DEAD, End(DAMAGED, error.message))
             raise
         except BaseException:
-            await to_the_end(self._fall_back(resident, before))
+            await to_the_end(self._fall_back(owner, before, is_awake=is_awake))
             raise
         self._observer.started(Way.RESUME, self._means.clock.monotonic() - began)
 
-    async def _fall_back(self, resident: Resident, before: Record) -> None:
-        """After a failed resume, return a machine to paused; if that fails, it is dead.
+    async def _fall_back(self, owner: Owner, before: Record, *, is_awake: bool) -> None:
+        """After a failed resume, return a machine to paused without losing its memory.
 
-        If the machine has run, its current state is saved; otherwise its saved state is still
-        there.
+        One that has not run still has its saved state. One that runs and is not awake, so that no
+        client has used it, returns to that state unless it has written to its disk. Otherwise its
+        current state is saved. If that is impossible now, say because its process is stopped, it
+        keeps running: a later request resumes or saves it. It is dead only if its process has
+        ended after it wrote to its disk.
         """
+        resident = owner.resident
         resident.current.count_as(before.incarnation)
         if resident.is_up and not resident.is_saved:
             try:
-                await resident.saving.pause()
+                if is_awake or not await resident.saving.go_back():
+                    await resident.saving.pause()
             except SandyardError as error:
                 log.error("cannot save a machine that failed to resume: %s", error.message)
+                if not await resident.process.has_ended():
+                    if before.phase in (Phase.PAUSED, Phase.WAKING):
+                        resident.current.set_phase(Phase.WAKING, None)
+                    owner.watch()
+                    return
         with suppress(SandyardError):
             await resident.end()
-        if resident.is_saved:
+        if resident.is_saved or await resident.saving.reinstate():
             resident.current.mark(Phase.PAUSED)
         else:
             resident.current.mark(Phase.DEAD, End("machine_died", "it ended while it was resumed"))
@@ -441,5 +460,8 @@ async def _woken(resident: Resident) -> None:
     except UnavailableError as error:
         # A shortage on this host says nothing about the guest.
         if isinstance(error.__cause__, TimeoutError | EOFError | ConnectionError):
-            raise AgentSilentError(error.text) from error
+            raise AgentSilentError(
+                f"{error.text}; its memory is kept: try again, or restart it to boot it from its "
+                "disk"
+            ) from error
         raise

@@ -471,7 +471,7 @@ class Node:
             except SandyardError as error:  # nothing passes, and the reconciler tries again
                 log.error("cannot enforce a sandbox's network rules: %s", error.message)
         for one in owners:
-            await one.resident.body.tidy()
+            await one.resident.body.tidy(keeps_spent=one.phase is Phase.WAKING)
         for one in living:
             await go_on(one.resident, means)
             one.watch()

@@ -352,8 +352,15 @@ class Owner:
         if self.phase not in LIVING or not self._crew.is_there:
             return
         log.warning("a machine has ended: %s", end.message, extra={"sandbox_id": self.sandbox_id})
+        if self.phase is Phase.WAKING:
+            self._begin(self._end_unwoken(end))
+            return
         self.resident.current.mark(Phase.DEAD, end)
         self._begin(self.resident.end())
+        self._on_change()
+
+    async def _end_unwoken(self, end: End) -> None:
+        await self.resident.end_unwoken(end)
         self._on_change()
 
 

@@ -325,8 +325,8 @@ class NodeControl(Protocol):
             UnavailableError: not now (no driver, template not built, no capacity); retry.
             NotFoundError: the node does not have the template, the snapshot or, for a sandbox that
                 should start from its own state, any of that.
-            AgentSilentError: the machine was resumed and its agent does not answer; only its disk
-                can still be used.
+            AgentSilentError: the machine was resumed and its agent does not answer; its memory is
+                kept.
             OvertakenError: a later request came first: a later incarnation is here, or this one
                 has been running already and was paused since.
             MachineDeadError: this incarnation has been running already, and has ended.

@@ -40,7 +40,10 @@ async def adopted(record: Record, means: Means) -> Resident | None:
         end = End(record.reason_code, record.reason_message)
         await found.process.note_gone(Phase.DEAD, end)
     elif not await found.process.recover():
-        await found.process.note_gone(Phase.DEAD, _how_it_ended(record, means))
+        if found.phase is Phase.WAKING and await found.saving.reinstate():
+            await found.process.note_gone(Phase.PAUSED)
+        else:
+            await found.process.note_gone(Phase.DEAD, _how_it_ended(record, means))
     return found
 
 

@@ -6,8 +6,9 @@
     <folder>/console.log   the end of the guest's console output
 
 A saved state is published by one rename after all of it is synced. It is withdrawn before the
-machine runs on, so a published state is never older than its disk. A clone's state is not synced:
-if it is lost in a crash of the host, so is the request that needs it.
+machine runs on, so a published state is never older than its disk. It is removed when the machine
+is in use; until then it is reinstated if the machine fails before it has written to its disk. A
+clone's state is not synced: if it is lost in a crash of the host, so is the request that needs it.
 """
 
 import contextlib
@@ -58,7 +59,8 @@ class Body:
         return self.folder / "run"
 
     @property
-    def _spent(self) -> Path:
+    def spent(self) -> Path:
+        """Where a state is kept that was withdrawn."""
         return self.place / "spent"
 
     @property
@@ -116,11 +118,15 @@ class Body:
 
     async def withdraw(self) -> None:
         """Withdraw the saved state, if there is one, because the machine is about to run on."""
-        await in_thread(saving.withdraw, self.saved, self._spent)
+        await in_thread(saving.withdraw, self.saved, self.spent)
+
+    async def reinstate(self) -> None:
+        """Publish the state that was withdrawn again; the machine must not run."""
+        await in_thread(saving.publish, self.spent, self.saved)
 
     async def remove_spent(self) -> None:
         """Remove what was withdrawn."""
-        await in_thread(shutil.rmtree, self._spent, ignore_errors=True)
+        await in_thread(shutil.rmtree, self.spent, ignore_errors=True)
 
     async def forget_memory(self) -> None:
         """Remove memory and saved state: the machine will boot from its disk."""
@@ -128,11 +134,12 @@ class Body:
         await self.remove_spent()
         self.memory.unlink(missing_ok=True)
 
-    async def tidy(self) -> None:
-        """Remove what interrupted work left."""
-        others = [one for one in self.folder.glob("body-*") if one != self.place]
-        for left in (*others, self._spent, self.saving):
-            await in_thread(shutil.rmtree, left, ignore_errors=True)
+    async def tidy(self, *, keeps_spent: bool = False) -> None:
+        """Remove what interrupted work left; `keeps_spent` if the machine has not been woken."""
+        left = [one for one in self.folder.glob("body-*") if one != self.place]
+        left += [self.saving] if keeps_spent else [self.saving, self.spent]
+        for one in left:
+            await in_thread(shutil.rmtree, one, ignore_errors=True)
 
     def append_console(self, said: bytes) -> None:
         """Append console output, of which only the end is kept."""

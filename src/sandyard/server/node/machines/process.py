@@ -30,6 +30,7 @@ from sandyard.server.tasks import Task, concurrently, in_thread, to_the_end
 log = logging.getLogger(__name__)
 
 _SHUT_DOWN_S = 10.0
+_ENDED_S = 1.0
 _UNKNOWN = "unknown"
 _GIVE_BACK_AGAIN_S = (1.0, 5.0, 30.0, 120.0)
 # The second place is of machines whose image is of an earlier version.
@@ -42,7 +43,8 @@ class MachineProcess:
     """The process of a machine, if there is one.
 
     In phase `running` with a published state, the restored machine has not run yet. In phase
-    `waking` it has run, and must be woken before it is used.
+    `waking` it has run, and must be woken before it is used; the state that it was resumed from is
+    withdrawn, and kept until then.
     """
 
     def __init__(self, current: CurrentRecord, guest: Guest, means: Means) -> None:
@@ -145,9 +147,26 @@ class MachineProcess:
         self.machine = machine
         self._guest.meet(self._new_link(self._place), has_answered=True)
         held.pop_all()
+        if current.phase is Phase.STARTING:
+            self.remove_spent_later()
+
+    def remove_spent_later(self) -> None:
+        """Remove the state that the machine was restored from, in the background."""
         self._means.crew.start(
-            body.remove_spent(), "cannot remove the saved state of a resumed machine", quietly=True
+            self._current.body.remove_spent(),
+            "cannot remove the saved state of a resumed machine",
+            quietly=True,
         )
+
+    async def has_ended(self) -> bool:
+        """Tell whether the process has ended, or there is none."""
+        if self.machine is None:
+            return True
+        async with concurrently(end_of(self.machine)) as ending:
+            with suppress(TimeoutError):
+                async with self._means.clock.timeout(_ENDED_S):
+                    await asyncio.wait([ending])
+            return ending.done()
 
     def _new_link(self, place: Place) -> AgentLink:
         network, folder = self._means.network, self._current.body.run

@@ -13,7 +13,7 @@ from sandyard.server.core.egress import Credentials, Policy
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.core.ids import new_machine_id, new_secret
 from sandyard.server.core.shapes import Shape
-from sandyard.server.drivers.contract import Driver
+from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.node.exports.shares import Share, new_share
 from sandyard.server.node.host.admission import promise_of
 from sandyard.server.node.host.ledger import Promise
@@ -305,6 +305,20 @@ class Resident:
         await self.process.end()
         if removes:
             await self.current.remove()
+
+    async def end_unwoken(self, end: End) -> None:
+        """Release what its process had, which has ended before the machine was woken.
+
+        It is paused again if the state that it was resumed from can be reinstated; otherwise it is
+        dead.
+
+        Raises: see `end`.
+        """
+        await self.end()
+        if await self.saving.reinstate():
+            self.current.mark(Phase.PAUSED)
+        else:
+            self.current.mark(Phase.DEAD, end)
 
     async def drop(self) -> None:
         """End and remove it as far as possible; adoption removes what is left."""

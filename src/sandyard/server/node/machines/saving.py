@@ -7,14 +7,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from sandyard.server.core.contracts.node import Phase
-from sandyard.server.core.errors import ConflictError, SandyardError, UnsupportedError
+from sandyard.server.core.errors import (
+    ConflictError,
+    DamagedError,
+    SandyardError,
+    UnsupportedError,
+)
 from sandyard.server.drivers.contract import End, SavingMachine
 from sandyard.server.node.machines import pause, start
 from sandyard.server.node.machines.current import CurrentRecord
 from sandyard.server.node.machines.guest import Guest
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.process import MachineProcess
-from sandyard.server.node.machines.saved import SavedMachine
+from sandyard.server.node.machines.saved import SavedMachine, check
 from sandyard.server.tasks import Work, concurrently, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
@@ -95,10 +100,48 @@ class Saving:
         first."""
         body = self._current.body
         await body.drop_unpublished()
-        await body.withdraw()
-        await body.remove_spent()
+        if body.is_saved:
+            await body.withdraw()
+            await body.remove_spent()
         with suppress(SandyardError):
             await self._resume(machine)
+
+    async def go_back(self) -> bool:
+        """End a machine that was resumed, and return to the state that it was resumed from, if its
+        disk has not changed since. Otherwise return False and leave it suspended.
+
+        Raises:
+            UnsupportedError: its driver cannot.
+            UnavailableError: it cannot be suspended now.
+        """
+        machine = self._process.saving_machine()
+        self._guest.pulse.is_held = True
+        try:
+            await machine.pause()  # what it writes from now on would be lost
+            if not await self._can_go_back():
+                return False
+        finally:
+            self._guest.pulse.is_held = False
+        await self._process.end()
+        return await self.reinstate()
+
+    async def reinstate(self) -> bool:
+        """Reinstate the state that a machine without a process was resumed from, if its disk has
+        not changed since; return whether it counts again."""
+        if not await self._can_go_back():
+            return False
+        await self._current.body.reinstate()
+        return True
+
+    async def _can_go_back(self) -> bool:
+        """Tell whether the state that was withdrawn still fits the machine's disk."""
+        spent, seals = self._current.body.spent, self._means.seals
+        try:
+            # Whole files were verified before the resume.
+            await in_thread(check, seals.load(spent), whole=False)
+        except DamagedError:
+            return False
+        return True
 
     async def _resume(self, machine: SavingMachine) -> None:
         """Resume a machine after it was saved, or after that failed. If it cannot be resumed, it
@@ -130,6 +173,7 @@ class Saving:
     async def _finish_pause(self) -> None:
         self._guest.break_off(_PAUSED)
         self._current.set_phase(Phase.PAUSED, None)
+        await self._current.body.remove_spent()
         # Concurrently, and in any order: a published state counts, whatever else is found.
         async with concurrently(self._current.write_without_place()) as writing:
             await self._process.stop_saved()

@@ -217,11 +217,6 @@ class Work:
                 return
             code = "saved_state_unusable" if isinstance(error, DamagedError) else LOST.code
             await self._give_up(claim, Reason(code, error.message))
-        except AgentSilentError as error:
-            if wish.origin is Origin.OWN:
-                await self._restart(claim)
-            else:
-                await self._stays_paused(claim, error)
         except SandyardError as error:
             await self._stays_paused(claim, error)
         else:
@@ -258,31 +253,19 @@ class Work:
         try:
             return await self._running(node, wish)
         except AgentSilentError:
-            pass
-        await self._clock.sleep(_SILENCE_S)  # the cause may be temporary
+            await self._clock.sleep(_SILENCE_S)  # the cause may be temporary
+            fact = await self._fact_of(sandbox)
+            if fact is not None and fact.phase is Phase.DEAD:
+                raise  # a repeated request would boot it from its disk
         return await self._running(node, wish)
 
-    async def _restart(self, claim: Claim) -> None:
-        """Boot a sandbox from its disk whose saved state cannot be used."""
-        log.warning(
-            "the agent of a resumed sandbox does not answer; booting from its disk",
-            extra={"sandbox_id": claim.sandbox.id},
-        )
-        incarnation = claim.sandbox.incarnation + 1
-        again = await self._lifecycle.apply(
-            claim.sandbox,
-            Event.RESTART,
-            lease=claim.lease,
-            incarnation=incarnation,
-            from_disk_incarnation=incarnation,
-        )
-        if again is not None:
-            await self._bring_back(Claim(again, claim.lease))
+    async def _fact_of(self, sandbox: Sandbox) -> MachineFact | None:
+        report = await self._nodes.report_of(self._nodes.get(sandbox.node_id))
+        return next((one for one in report.machines if one.sandbox_id == sandbox.id), None)
 
     async def _stays_paused(self, claim: Claim, error: SandyardError) -> None:
         sandbox = claim.sandbox
-        report = await self._nodes.report_of(self._nodes.get(sandbox.node_id))
-        fact = next((one for one in report.machines if one.sandbox_id == sandbox.id), None)
+        fact = await self._fact_of(sandbox)
         asked_for = (sandbox.incarnation, Phase.RUNNING)
         if fact is not None and (fact.incarnation, fact.phase) == asked_for:
             # It was resumed, and only the answer was lost.

@@ -89,7 +89,7 @@ class Power:
             if now.status is Status.PAUSING and wait:
                 now = await self._left(now, Status.PAUSING, until)
                 if now.status is Status.RUNNING:
-                    raise not_done(now, "pause")
+                    raise not_done(now, "pause", was=Status.RUNNING)
             if now.status in done:
                 return now
             if now.status is not Status.RUNNING:
@@ -109,7 +109,7 @@ class Power:
             await self._worker.run_now(claim, limit_s=until.left_s if wait else 0)
             now = await self._register.reread(now.id)
             if now.status is Status.RUNNING and now.reason:
-                raise not_done(now, "pause")
+                raise not_done(now, "pause", was=Status.RUNNING)
             if now.status in done:
                 return now
 
@@ -189,6 +189,7 @@ class Power:
         until = until or self.deadline()
         done = {Status.RUNNING} if wait else {Status.RUNNING, Status.RESUMING}
         asked_for = 0  # the incarnation that this call has brought about, if any
+        was: Status | None = None
         attempts = self._register.attempts(sandbox, doing=doing)
         while True:
             now = await attempts.next()
@@ -199,7 +200,7 @@ class Power:
             if now.status is Status.RESUMING and wait and is_it:
                 now = await self._left(now, Status.RESUMING, until)
                 if now.status in _AT_REST:
-                    raise not_done(now, doing)
+                    raise not_done(now, doing, was=was)
             if now.status in done and is_it:
                 return now
             if now.status not in (_HAS_DISK if event is Event.RESTART else _AT_REST):
@@ -224,12 +225,12 @@ class Power:
                 )
             if resuming is None:
                 continue
-            asked_for = resuming.incarnation
+            asked_for, was = resuming.incarnation, now.status
             claim = Claim(resuming, hold.lease)
             await self._worker.run_now(claim, limit_s=until.left_s if wait else 0)
             now = await self._register.reread(now.id)
             if now.status in _AT_REST:
-                raise not_done(now, doing)
+                raise not_done(now, doing, was=was)
             if now.status in done:
                 return now
 
@@ -303,11 +304,11 @@ def _source(
     }
 
 
-def not_done(sandbox: Sandbox, doing: str) -> SandyardError:
-    """Return the error for a failed operation that left the sandbox unchanged."""
+def not_done(sandbox: Sandbox, doing: str, *, was: Status | None) -> SandyardError:
+    """Return the error for a failed operation on a sandbox, whose status was `was`, if known."""
     reason = sandbox.reason
     why = reason.message if reason else "it was asked for something else meanwhile"
-    is_kept = "" if doing == "restart" else " as before"
+    is_kept = " as before" if sandbox.status is was and doing != "restart" else ""
     message = f"cannot {doing} {sandbox.id}: {why}; it is {sandbox.status}{is_kept}"
     if reason is not None and reason.code in (Code.NO_CAPACITY, "host_disk_full"):
         return NoCapacityError(message)
