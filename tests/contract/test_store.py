@@ -1648,6 +1648,19 @@ async def test_credentials_for_registries(store: Store) -> None:
         assert not await tx.credentials.remove(ORG, first.id)
 
 
+async def test_secrets_and_facts_of_the_installation_have_names_of_any_length(
+    store: Store,
+) -> None:
+    # As the service names an organization's network authority.
+    name = f"network authority {new_uuid()}"
+    async with store.write(ORG) as tx:
+        await tx.secrets.add(name, {"key": "value"})
+        await tx.facts.note(name, NOW)
+    async with store.read() as tx:
+        assert await tx.secrets.find(name) == {"key": "value"}
+        assert await tx.facts.moment(name) == NOW
+
+
 async def test_secrets_of_organizations(store: Store) -> None:
     first = Secret(new_uuid(), ORG, "TOKEN", ("a.test", "*.b.test"), "v\u00e4lue", NOW, NOW)
     other = replace(first, id=new_uuid(), name="OTHER")

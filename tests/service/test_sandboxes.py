@@ -27,6 +27,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.records import ActivityQuery, Sandbox, Snapshot
 from sandyard.server.core.states import Event, Status
+from sandyard.server.service.networks import Networks
 from sandyard.server.service.repeats import Repeatable
 from sandyard.server.service.sandboxes.change import Changes
 from sandyard.server.service.sandboxes.create import NewSandbox
@@ -907,6 +908,26 @@ async def test_rules_that_cannot_be_enforced_yet_are_in_the_end(desk: Desk) -> N
     await desk.drive(30)
     assert (await desk.get(box)).network == FIRST
     assert rules_of(desk, box) == FIRST
+
+
+async def test_rules_without_their_credentials_close_the_network(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await desk.create()
+
+    async def fails(*_: object) -> None:
+        raise UnavailableError("the database does not answer")
+
+    inspected = Policy(inspect=("a.test",))
+    with monkeypatch.context() as broken:
+        broken.setattr(Networks, "credentials_of", fails)
+        with pytest.raises(UnavailableError, match="stored, but not in force yet"):
+            await desk.services.sandboxes.change(desk.actor, box.id, Changes(network=inspected))
+        assert rules_of(desk, box) == Policy(egress=Egress.DENY)
+        await desk.drive(30)
+        assert rules_of(desk, box) == Policy(egress=Egress.DENY)
+    await desk.drive(30)
+    assert rules_of(desk, box).inspect == inspected.inspect
 
 
 async def test_a_guest_whose_agent_is_silent_gets_new_rules_all_the_same(desk: Desk) -> None:

@@ -617,7 +617,7 @@ invites = Table(
 secrets = Table(
     "secrets",
     metadata,
-    Column("name", String(32), primary_key=True),
+    Column("name", Text, primary_key=True),
     Column("sealed", Text, nullable=False),
 )
 
@@ -625,7 +625,7 @@ secrets = Table(
 facts = Table(
     "facts",
     metadata,
-    Column("name", String(32), primary_key=True),
+    Column("name", Text, primary_key=True),
     Column("moment", Moment, nullable=False),
 )
 
@@ -652,7 +652,7 @@ meters = Table(
 duties = Table(
     "duties",
     metadata,
-    Column("name", String(32), primary_key=True),
+    Column("name", Text, primary_key=True),
     Column("holder", String(36), nullable=False),
     Column("until", Moment, nullable=False),
 )

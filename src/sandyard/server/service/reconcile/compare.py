@@ -39,6 +39,7 @@ from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
 from sandyard.server.service.reconcile.quarantine import Quarantine
 from sandyard.server.service.reconcile.work import LOST
 from sandyard.server.service.roster import Heartbeat
+from sandyard.server.service.sandboxes.enforcing import put_in_force
 from sandyard.server.service.sandboxes.lifecycle import is_over
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.worker import Worker, new_lease
@@ -389,13 +390,7 @@ class Comparison:
 
     async def _enforce(self, sandbox: Standing) -> None:
         """Have network rules enforced that could not be when they were changed."""
-        await self._node.ensure_network(
-            sandbox.id,
-            incarnation=sandbox.incarnation,
-            policy=sandbox.network.bare,
-            credentials=await self._networks.credentials_of(sandbox.org_id, sandbox.network),
-            version=sandbox.version,
-        )
+        await put_in_force(self._node, self._networks, sandbox)
 
     async def _restart(self, sandbox: Standing) -> None:
         """Boot a sandbox again that was rebooted from inside. This is not an error."""

@@ -1,16 +1,22 @@
 """Puts the network rules of sandboxes in force on their nodes."""
 
+from typing import Final
+
+from sandyard.server.core.contracts.node import NodeControl
+from sandyard.server.core.egress import Egress, Policy
 from sandyard.server.core.errors import (
     ConflictError,
     NotFoundError,
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.records import Sandbox
+from sandyard.server.core.records import Sandbox, Standing
 from sandyard.server.core.states import ON_ITS_WAY_UP, Status
+from sandyard.server.service.networks import Networks
 from sandyard.server.service.sandboxes.platform import Platform
 
 _LIMIT_S = 60.0
+_CLOSED: Final = Policy(egress=Egress.DENY)
 _PASSING = ON_ITS_WAY_UP | {Status.PAUSING}
 _ALIVE = frozenset({Status.RUNNING, Status.SUSPECTED_MISSING})
 MAY_RUN = _PASSING | _ALIVE
@@ -37,14 +43,7 @@ class Enforcing:
                 settled = frozenset(Status) - _PASSING
                 sandbox = await self._register.wait_for(sandbox, settled, limit_s=_LIMIT_S)
             if sandbox.status in _ALIVE:
-                network = sandbox.network
-                await self._nodes.get(sandbox.node_id).ensure_network(
-                    sandbox.id,
-                    incarnation=sandbox.incarnation,
-                    policy=network.bare,
-                    credentials=await self._networks.credentials_of(sandbox.org_id, network),
-                    version=sandbox.version,
-                )
+                await put_in_force(self._nodes.get(sandbox.node_id), self._networks, sandbox)
         except (NotFoundError, ConflictError) as error:
             # It was paused meanwhile, or others change its rules, too, who will wait for theirs.
             now = await self._register.reread(sandbox.id)
@@ -52,6 +51,31 @@ class Enforcing:
                 raise _not_enforced(error) from error
         except SandyardError as error:
             raise _not_enforced(error) from error
+
+
+async def put_in_force(node: NodeControl, networks: Networks, sandbox: Sandbox | Standing) -> None:
+    """Have a node enforce the network rules of a sandbox's machine.
+
+    If their credentials cannot be read, the machine reaches nothing until a later call succeeds:
+    the rules that are in force may be wider.
+
+    Raises: see `NodeControl.ensure_network` and `Networks.credentials_of`.
+    """
+    incarnation, version = sandbox.incarnation, sandbox.version
+    try:
+        credentials = await networks.credentials_of(sandbox.org_id, sandbox.network)
+    except SandyardError:
+        await node.ensure_network(
+            sandbox.id, incarnation=incarnation, policy=_CLOSED, version=version
+        )
+        raise
+    await node.ensure_network(
+        sandbox.id,
+        incarnation=incarnation,
+        policy=sandbox.network.bare,
+        credentials=credentials,
+        version=version,
+    )
 
 
 def _not_enforced(error: SandyardError) -> UnavailableError:
