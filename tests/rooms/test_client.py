@@ -180,6 +180,30 @@ async def test_a_sandboxs_life_on_a_loop(opened: Door, tmp_path: Path) -> None:
         assert [one async for one in yard.list()] == []
 
 
+async def test_a_block_deletes_only_what_it_created(opened: Door) -> None:
+    def live() -> None:
+        with yard_of(opened) as yard:
+            made = yard.create(name="kept")
+            with Sandbox.connect("kept", client=yard), yard.get("kept"):
+                pass
+            assert [one.id for one in yard.list()] == [made.id]
+            (fork,) = made.fork()
+            with fork, made:
+                pass
+            assert list(yard.list()) == []
+
+    await concurrently(live)
+    async with async_yard_of(opened) as yard:
+        made = await yard.create(name="kept")
+        async with await AsyncSandbox.connect("kept", client=yard), await yard.get("kept"):
+            pass
+        assert [one.id async for one in yard.list()] == [made.id]
+        (fork,) = await made.fork()
+        async with fork, made:
+            pass
+        assert [one async for one in yard.list()] == []
+
+
 async def test_a_watch_tells_from_when_it_is_asked(opened: Door) -> None:
     async with async_yard_of(opened) as yard, await AsyncSandbox.create(client=yard) as box:
         changes = box.files.watch("/workspace", recursive=True)

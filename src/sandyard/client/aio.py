@@ -49,7 +49,8 @@ class AsyncSandyard(AsyncConnection):
         **options: Unpack[CreateOptions],
     ) -> "AsyncSandbox":
         """See `Sandyard.create`."""
-        return await self._sandbox(calls.create(template, wait_s, idempotency_key, options))
+        call = calls.create(template, wait_s, idempotency_key, options)
+        return AsyncSandbox(self, await self._transport.send(call), is_created=True)
 
     async def get(self, reference: str) -> "AsyncSandbox":
         """See `Sandyard.get`."""
@@ -131,7 +132,7 @@ class AsyncSandyard(AsyncConnection):
     ) -> builtins.list["AsyncSandbox"]:
         """See `Sandyard.fork`."""
         made = await self._transport.send(calls.fork(reference, count, name))
-        return [AsyncSandbox(self, one) for one in made]
+        return [AsyncSandbox(self, one, is_created=True) for one in made]
 
     async def snapshot(self, reference: str, name: str | None = None) -> Snapshot:
         """See `Sandyard.snapshot`."""
@@ -222,11 +223,17 @@ class AsyncSandbox(SandboxFacts):
     """
 
     def __init__(
-        self, client: AsyncSandyard, raw: Mapping[str, Any], *, owns_client: bool = False
+        self,
+        client: AsyncSandyard,
+        raw: Mapping[str, Any],
+        *,
+        owns_client: bool = False,
+        is_created: bool = False,
     ) -> None:
         super().__init__(raw)
         self._client = client
         self._owns_client = owns_client
+        self._is_created = is_created
         self._contexts: dict[str, AsyncContext] = {}
         self._turn = asyncio.Lock()
 
@@ -249,7 +256,7 @@ class AsyncSandbox(SandboxFacts):
         made: AsyncSandbox | None = None
         try:
             made = await own.create(template, wait_s=wait_s, idempotency_key=key, **options)
-            box = cls(own, made.raw, owns_client=client is None)
+            box = cls(own, made.raw, owns_client=client is None, is_created=True)
             return await box.wait_until_ready(until - time.monotonic())
         except BaseException as error:
             is_unsure = is_new and made is None and not isinstance(error, Exception)
@@ -286,12 +293,13 @@ class AsyncSandbox(SandboxFacts):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Delete it, if it is still there."""
+        """See `Sandbox.__exit__`."""
         await _to_the_end(self._leave(), also=NotFoundError)  # by another client, or its expiry
 
     async def _leave(self) -> None:
         try:
-            await self.delete()
+            if self._is_created:
+                await self.delete()
         finally:
             await self.close()
 

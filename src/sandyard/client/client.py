@@ -58,7 +58,8 @@ class Sandyard(Connection):
         Returns when the sandbox is running, or after `wait_s` seconds, 60 at most. Repeating a call
         with the same `idempotency_key` and options within 24 hours returns the first result.
         """
-        return self._sandbox(calls.create(template, wait_s, idempotency_key, options))
+        raw = self._transport.send(calls.create(template, wait_s, idempotency_key, options))
+        return Sandbox(self, raw, is_created=True)
 
     def get(self, reference: str) -> "Sandbox":
         """Return a sandbox by id or name."""
@@ -141,7 +142,7 @@ class Sandyard(Connection):
     ) -> builtins.list["Sandbox"]:
         """Create sandboxes from the current state of this one: files, memory and processes."""
         made = self._transport.send(calls.fork(reference, count, name))
-        return [Sandbox(self, one) for one in made]
+        return [Sandbox(self, one, is_created=True) for one in made]
 
     def snapshot(self, reference: str, name: str | None = None) -> Snapshot:
         """Save the current state of a sandbox, which keeps running."""
@@ -233,16 +234,26 @@ class Sandyard(Connection):
 class Sandbox(SandboxFacts):
     """A sandbox.
 
-    `Sandbox.create()` creates one. In a `with` block it is deleted at the end::
+    `Sandbox.create()` creates one. A `with` block deletes it at the end::
 
         with Sandbox.create() as sbx:
             print(sbx.exec("uname -a").stdout)
+
+    `Sandbox.connect()` returns an existing one. A `with` block only closes the connection to it.
     """
 
-    def __init__(self, client: Sandyard, raw: Mapping[str, Any], *, owns_client: bool = False):
+    def __init__(
+        self,
+        client: Sandyard,
+        raw: Mapping[str, Any],
+        *,
+        owns_client: bool = False,
+        is_created: bool = False,
+    ) -> None:
         super().__init__(raw)
         self._client = client
         self._owns_client = owns_client
+        self._is_created = is_created
         self._contexts: dict[str, Context] = {}
         self._turn = threading.Lock()
 
@@ -258,7 +269,8 @@ class Sandbox(SandboxFacts):
     ) -> "Sandbox":
         """Create a sandbox and wait until it is running. See `Sandyard.create`.
 
-        Without a `client` it opens a connection to the configured server.
+        Used in a `with` block, it is deleted at the end of the block. Without a `client` it opens a
+        connection to the configured server.
 
         Raises:
             NotReadyError: it did not start in time. It was deleted, unless the caller passed an
@@ -272,7 +284,7 @@ class Sandbox(SandboxFacts):
         made: Sandbox | None = None
         try:
             made = own.create(template, wait_s=wait_s, idempotency_key=key, **options)
-            box = cls(own, made.raw, owns_client=client is None)
+            box = cls(own, made.raw, owns_client=client is None, is_created=True)
             return box.wait_until_ready(until - time.monotonic())
         except BaseException as error:
             with suppress(SandyardError):
@@ -286,7 +298,11 @@ class Sandbox(SandboxFacts):
 
     @classmethod
     def connect(cls, reference: str, *, client: Sandyard | None = None) -> "Sandbox":
-        """Return an existing sandbox, by id or name."""
+        """Return an existing sandbox, by id or name.
+
+        Used in a `with` block, only the connection is closed at the end of the block. The sandbox
+        is kept: call `delete` to delete it.
+        """
         own = client or Sandyard()
         try:
             return cls(own, own.get(reference).raw, owns_client=client is None)
@@ -300,9 +316,11 @@ class Sandbox(SandboxFacts):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Delete the sandbox if it still exists."""
+        """Delete the sandbox if this object created it and it still exists. Close the connection
+        if it opened one."""
         try:
-            self.delete()
+            if self._is_created:
+                self.delete()
         except NotFoundError:
             pass  # by another client, or by its expiry
         finally:
