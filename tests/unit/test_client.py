@@ -21,7 +21,14 @@ import sandyard
 import sandyard.client as sdk
 from sandyard.client import archives, calls, code
 from sandyard.client.calls import Call, Heard, Retries, refusal_of, result_of
-from sandyard.client.config import ClientConfig, ConfigError, find_config, write_config
+from sandyard.client.config import (
+    ClientConfig,
+    ConfigError,
+    find_config,
+    known_key,
+    remove_config,
+    write_config,
+)
 from sandyard.client.errors import TransferError
 from sandyard.client.models import Exited, FileChange, Lost, Printed
 from sandyard.client.streams import Following, Watching
@@ -81,7 +88,7 @@ def test_the_package_offers_all_names_of_its_client() -> None:
 
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    for name in ("SANDYARD_URL", "SANDYARD_API_KEY"):
+    for name in ("SANDYARD_URL", "SANDYARD_API_KEY", "SANDYARD_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     return tmp_path
@@ -104,11 +111,49 @@ def test_what_is_given_wins_over_the_environment_and_that_over_the_file(
     (nowhere / "sandyard/config.toml").write_text("not = [toml")
     assert find_config(None, None) == ClientConfig("https://env", "rt_live_env")
     monkeypatch.delenv("SANDYARD_API_KEY")
-    with pytest.raises(ConfigError, match="mend it"):
+    with pytest.raises(ConfigError, match="repair it"):
         find_config(None, None)
     for key, url in (("rt_live_x", "host:1"), ("rt_live_ü", "http://a"), ("a\nb", "http://a")):
         with pytest.raises(ConfigError):
             find_config(key, url)
+
+
+def test_profiles_are_kept_apart_and_what_is_replaced_is_copied(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = nowhere / "sandyard/config.toml"
+    first, second = ClientConfig("http://a:1", "rt_live_a"), ClientConfig("http://b:2", "rt_live_b")
+    assert write_config(first) is None
+    assert write_config(first) is None, "nothing is lost"
+    before = path.read_text()
+    copy = write_config(second)
+    assert copy is not None
+    assert (copy.read_text(), copy.stat().st_mode & 0o777) == (before, 0o600)
+    monkeypatch.setenv("SANDYARD_PROFILE", "other")
+    with pytest.raises(ConfigError, match="there is no profile 'other'"):
+        find_config(None, None)
+    assert write_config(first) is None
+    assert find_config(None, None) == first
+    assert known_key("http://b:2") == "rt_live_b"
+    assert known_key("http://c:3") is None
+    monkeypatch.setenv("SANDYARD_URL", "http://env:3")
+    assert find_config(None, None) == ClientConfig("http://env:3", "rt_live_a")
+    assert find_config(None, None, "other") == first, "the parameter wins"
+    monkeypatch.delenv("SANDYARD_URL")
+    remove_config()
+    with pytest.raises(ConfigError):
+        find_config(None, None)
+    monkeypatch.delenv("SANDYARD_PROFILE")
+    assert find_config(None, None) == second
+    path.write_text("not = [toml")
+    copy = write_config(first)
+    assert copy is not None
+    assert copy.read_text() == "not = [toml"
+    remove_config()
+    assert not path.exists()
+    monkeypatch.setenv("SANDYARD_PROFILE", "a b")
+    with pytest.raises(ConfigError, match="its name has letters"):
+        write_config(first)
 
 
 # --- answers --------------------------------------------------------------------------------------

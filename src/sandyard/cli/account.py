@@ -6,10 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from sandyard.cli.credentials import secret_of
-from sandyard.cli.output import for_each, plain, show_json, show_table
+from sandyard.cli.output import for_each, note_copy, plain, show_json, show_table
 from sandyard.cli.sandbox import Json, open_client
 from sandyard.client import ApiError, Sandyard
-from sandyard.client.config import ClientConfig, config_path, find_config, write_config
+from sandyard.client.config import (
+    ClientConfig,
+    config_path,
+    find_config,
+    remove_config,
+    write_config,
+)
 
 auth = typer.Typer(help="Who you are, and your API keys.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: make, list, replace, revoke.", no_args_is_help=True)
@@ -43,15 +49,14 @@ def login(
     config = find_config(found, url)
     with Sandyard(config.api_key, config.url) as client:
         email = client.ask("GET", "/v1/me")["data"]["email"]
-    path = write_config(ClientConfig(config.url, config.api_key))
-    typer.echo(plain(f"you are {email} at {config.url}; that is kept in {path}"))
+    note_copy(write_config(ClientConfig(config.url, config.api_key)))
+    typer.echo(plain(f"you are {email} at {config.url}; saved in {config_path()}"))
 
 
 def logout() -> None:
     """Remove the saved server and API key. The key stays valid until it is revoked."""
-    path = config_path()
-    path.unlink(missing_ok=True)
-    typer.echo(f"{path} is gone")
+    remove_config()
+    typer.echo(f"removed from {config_path()}")
 
 
 @auth.command()
@@ -140,8 +145,8 @@ def _show_secret(made: dict[str, Any], *, as_json: bool) -> None:
         show_json(made)
         return
     typer.echo(made["key"])
-    typer.echo(plain(f"the id of {made['name']} is {made['id']}; keep the key: it is told once"),
-               err=True)  # fmt: skip
+    shown = f"the id of {made['name']} is {made['id']}; keep the key: it is shown only once"
+    typer.echo(plain(shown), err=True)
 
 
 @keys.command("revoke")

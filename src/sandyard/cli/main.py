@@ -67,12 +67,22 @@ for command in (
 
 @app.callback()
 def _main(
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Which saved server and key to use. Default: SANDYARD_PROFILE."
+        ),
+    ] = None,
     _version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Real virtual machines for agents and people."""
+    if profile is not None:
+        os.environ["SANDYARD_PROFILE"] = profile
+        for overriding in ("SANDYARD_URL", "SANDYARD_API_KEY"):
+            os.environ.pop(overriding, None)
 
 
 def main() -> None:

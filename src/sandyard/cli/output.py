@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -91,6 +92,20 @@ def _escaped(character: str) -> str:
     if character.isprintable() or character == "\n":
         return character
     return json.dumps(character)[1:-1]
+
+
+def note_copy(copy: Path | None) -> None:
+    """Warn that the saved server or key was replaced, and say where the old one is."""
+    if copy is not None:
+        warn(
+            f"this replaced the saved server and key, which are kept in {copy}; use --profile NAME "
+            "to have several"
+        )
+
+
+def warn(message: str) -> None:
+    """Print a warning on standard error."""
+    typer.echo(f"warning: {plain(message)}", err=True)
 
 
 def for_each(references: Sequence[str], work: Callable[[str], str]) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sandyard.cli.credentials import secret_of
-from sandyard.cli.output import out, plain
-from sandyard.client.config import ClientConfig, read_config, write_config
+from sandyard.cli.output import note_copy, out, plain
+from sandyard.client.config import ClientConfig, config_path, known_key, write_config
 
 if TYPE_CHECKING:
     from sandyard.server.app.settings import Settings
@@ -125,13 +125,10 @@ def init(
     settings = server_settings()
     host = "127.0.0.1" if settings.http.host in ("0.0.0.0", "::") else settings.http.host  # noqa: S104
     url = f"http://{host}:{settings.http.port}"
-    known = read_config()
-    key = asyncio.run(
-        server_module("admin").ensure_key(settings, known.api_key if known is not None else None)
-    )
-    path = write_config(ClientConfig(url, key))
+    key = asyncio.run(server_module("admin").ensure_key(settings, known_key(url)))
+    note_copy(write_config(ClientConfig(url, key)))
     if not quiet:
-        typer.echo(f"URL and key are in {path}")
+        typer.echo(f"URL and key are in {config_path()}")
 
 
 def stop(

@@ -39,7 +39,8 @@ class Sandyard(Connection):
     """A connection to a server. Use it as a context manager, or call `close`.
 
     URL and key default to SANDYARD_URL and SANDYARD_API_KEY, then to the command line's
-    configuration. Idempotent calls are retried up to `retries` times.
+    configuration, in which `profile` names a section. Idempotent calls are retried up to
+    `retries` times.
 
     Raises:
         ConfigError: no server is configured.

@@ -21,9 +21,15 @@ class Connection(TemplateMethods, SecretMethods):
     """
 
     def __init__(
-        self, api_key: str | None = None, base_url: str | None = None, *, retries: int = 2
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        *,
+        profile: str | None = None,
+        retries: int = 2,
     ) -> None:
-        self._transport = Transport(find_config(api_key, base_url), retries=retries)
+        config = find_config(api_key, base_url, profile)
+        self._transport = Transport(config, retries=retries)
 
     def __enter__(self) -> Self:
         """Return this client."""
@@ -102,9 +108,15 @@ class AsyncConnection(AsyncTemplateMethods, AsyncSecretMethods):
     """See `Connection`."""
 
     def __init__(
-        self, api_key: str | None = None, base_url: str | None = None, *, retries: int = 2
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        *,
+        profile: str | None = None,
+        retries: int = 2,
     ) -> None:
-        self._transport = AsyncTransport(find_config(api_key, base_url), retries=retries)
+        config = find_config(api_key, base_url, profile)
+        self._transport = AsyncTransport(config, retries=retries)
 
     async def __aenter__(self) -> Self:
         """Return this client."""
