@@ -21,9 +21,9 @@ same text. A sandbox is given by id or name. Commands that take several referenc
 even if another fails.
 
 The URL and API key come from SANDYARD_URL and SANDYARD_API_KEY, or from
-`~/.config/sandyard/config.toml`, which `sandyard login` and `scripts/up` write. `--profile NAME`, or
-SANDYARD_PROFILE, saves and uses several servers there, each in a section `[profiles.NAME]`. User commands need
-only the package. Operator commands (`serve`, `init`, `stop`, `doctor`, `setup`, `admin`,
+`~/.config/sandyard/config.toml`, which `sandyard login` and `scripts/up` write. `--profile NAME`,
+or SANDYARD_PROFILE, saves and uses several servers there, each in a section `[profiles.NAME]`. User
+commands need only the package. Operator commands (`serve`, `init`, `stop`, `doctor`, `setup`, `admin`,
 `template`) need its extra `server`, which `scripts/up` installs, and root, except `init`. They read
 the [settings](settings.md).
 
