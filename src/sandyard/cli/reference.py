@@ -23,8 +23,9 @@ even if another fails.
 The URL and API key come from SANDYARD_URL and SANDYARD_API_KEY, or from
 `~/.config/sandyard/config.toml`, which `sandyard login` and `scripts/up` write. `--profile NAME`,
 or SANDYARD_PROFILE, saves and uses several servers there, each in a section `[profiles.NAME]`. User
-commands need only the package. Operator commands (`serve`, `init`, `stop`, `doctor`, `setup`, `admin`,
-`template`) need its extra `server`, which `scripts/up` installs, and root, except `init`. They read
+commands need only the package. Operator commands (`serve`, `init`, `stop`, `doctor`, `setup`,
+`admin`, `template`) need its extra `server`, which `scripts/up` installs, and root, except `init`.
+They read
 the [settings](settings.md).
 
 On a terminal, lists are tables. In a pipe, each row is a line with tabs, and nothing is truncated.
