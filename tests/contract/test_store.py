@@ -23,7 +23,9 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 from alembic import command
+from alembic.autogenerate import compare_metadata
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.clock import AheadClock
@@ -1646,6 +1648,32 @@ async def test_credentials_for_registries(store: Store) -> None:
         assert not await tx.credentials.remove(OTHER, first.id)
         assert await tx.credentials.remove(ORG, first.id)
         assert not await tx.credentials.remove(ORG, first.id)
+
+
+async def test_sandboxes_with_rules_are_listed_without_them(store: Store) -> None:
+    rules = Policy(egress=Egress.DENY)
+    ruled = sandbox(node_id="n", network=rules, status=Status.RUNNING)
+    others = (
+        sandbox(network=rules),
+        sandbox(node_id="n"),
+        sandbox(node_id="n", network=rules, status=Status.DESTROYED),
+    )
+    async with store.write(ORG) as tx:
+        for one in (ruled, *others):
+            await tx.sandboxes.insert(one)
+    async with store.read() as tx:
+        assert await tx.sandboxes.ruled() == [Ruled(ruled.id, ORG, "n", Status.RUNNING)]
+
+
+async def test_the_tables_are_what_the_migrations_make(url: str) -> None:
+    async with open_store(url, key=KEY):
+        pass
+
+    def look(connection: Connection) -> None:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+
+    await run_by_hand(url, look)
 
 
 async def test_secrets_and_facts_of_the_installation_have_names_of_any_length(

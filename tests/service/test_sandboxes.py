@@ -926,6 +926,7 @@ async def test_rules_without_their_credentials_close_the_network(
         assert rules_of(desk, box) == Policy(egress=Egress.DENY)
         await desk.drive(30)
         assert rules_of(desk, box) == Policy(egress=Egress.DENY)
+        assert desk.node.asked.count("ensure_network") == 1, "once is enough"
     await desk.drive(30)
     assert rules_of(desk, box).inspect == inspected.inspect
 

@@ -131,6 +131,8 @@ def digest_of(policy: Policy, stamp: str | None) -> str:
 
 
 NO_RULES: Final = Policy()
+NOTHING: Final = Policy(egress=Egress.DENY)
+"""Rules that let nothing pass."""
 
 
 @dataclass(frozen=True)

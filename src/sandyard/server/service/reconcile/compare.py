@@ -364,7 +364,7 @@ class Comparison:
         # Its agent has no part in its network rules, and may be silent.
         if fact is not None and _lacks_rules(sandbox, fact):
             self._lacks_rules = True
-            self._beside(sandbox.id, self._enforce(sandbox))
+            self._beside(sandbox.id, self._enforce(sandbox, fact.rules))
         if fact is None or fact.incarnation != sandbox.incarnation:
             await self._broke(sandbox, LOST)
         elif fact.phase is Phase.DEAD and fact.reason_code == REBOOTED:
@@ -388,9 +388,9 @@ class Comparison:
             if reason_now != sandbox.reason and (reason_now is not None or passes):
                 await self._note(sandbox, reason_now)
 
-    async def _enforce(self, sandbox: Standing) -> None:
+    async def _enforce(self, sandbox: Standing, reported: str) -> None:
         """Have network rules enforced that could not be when they were changed."""
-        await put_in_force(self._node, self._networks, sandbox)
+        await put_in_force(self._node, self._networks, sandbox, reported=reported)
 
     async def _restart(self, sandbox: Standing) -> None:
         """Boot a sandbox again that was rebooted from inside. This is not an error."""

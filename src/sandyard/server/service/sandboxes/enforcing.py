@@ -1,9 +1,7 @@
 """Puts the network rules of sandboxes in force on their nodes."""
 
-from typing import Final
-
 from sandyard.server.core.contracts.node import NodeControl
-from sandyard.server.core.egress import Egress, Policy
+from sandyard.server.core.egress import NOTHING
 from sandyard.server.core.errors import (
     ConflictError,
     NotFoundError,
@@ -16,7 +14,6 @@ from sandyard.server.service.networks import Networks
 from sandyard.server.service.sandboxes.platform import Platform
 
 _LIMIT_S = 60.0
-_CLOSED: Final = Policy(egress=Egress.DENY)
 _PASSING = ON_ITS_WAY_UP | {Status.PAUSING}
 _ALIVE = frozenset({Status.RUNNING, Status.SUSPECTED_MISSING})
 MAY_RUN = _PASSING | _ALIVE
@@ -53,21 +50,25 @@ class Enforcing:
             raise _not_enforced(error) from error
 
 
-async def put_in_force(node: NodeControl, networks: Networks, sandbox: Sandbox | Standing) -> None:
+async def put_in_force(
+    node: NodeControl, networks: Networks, sandbox: Sandbox | Standing, *, reported: str = ""
+) -> None:
     """Have a node enforce the network rules of a sandbox's machine.
 
     If their credentials cannot be read, the machine reaches nothing until a later call succeeds:
-    the rules that are in force may be wider.
+    the rules that are in force may be wider. `reported` is the digest of the rules that the node
+    reports, if that is known.
 
     Raises: see `NodeControl.ensure_network` and `Networks.credentials_of`.
     """
     incarnation, version = sandbox.incarnation, sandbox.version
     try:
         credentials = await networks.credentials_of(sandbox.org_id, sandbox.network)
-    except SandyardError:
-        await node.ensure_network(
-            sandbox.id, incarnation=incarnation, policy=_CLOSED, version=version
-        )
+    except Exception:
+        if reported != NOTHING.digest:  # each change on the node has it compared again
+            await node.ensure_network(
+                sandbox.id, incarnation=incarnation, policy=NOTHING, version=version
+            )
         raise
     await node.ensure_network(
         sandbox.id,

@@ -11,6 +11,8 @@ depends_on = None
 
 def upgrade() -> None:
     """Lift the limit of 32 characters, which PostgreSQL enforces and SQLite does not."""
-    if op.get_bind().dialect.name == "postgresql":
-        for table in ("secrets", "facts", "duties"):
-            op.alter_column(table, "name", type_=sa.Text(), existing_nullable=False)
+    for table in ("secrets", "facts", "duties"):
+        with op.batch_alter_table(table) as batch:
+            batch.alter_column(
+                "name", existing_type=sa.String(32), type_=sa.Text(), existing_nullable=False
+            )
