@@ -1603,6 +1603,36 @@ async def test_a_build_is_worked_on_by_one_server_at_a_time(store: Store) -> Non
         assert await tx.builds.give_up(before=day, at=NOW, error="gone") == []
 
 
+async def test_old_builds_are_removed(store: Store) -> None:
+    days = [NOW - timedelta(days=number) for number in range(6)]
+    every = [
+        build(number=6 - number, created_at=at, ended_at=at, status=BuildStatus.FAILED, lines=1)
+        for number, at in enumerate(days)
+    ]
+    active = build(number=0, created_at=NOW - timedelta(days=9))
+    other = build(slug="other", created_at=days[3], ended_at=days[3], status=BuildStatus.READY)
+    async with store.write(ORG) as tx:
+        await tx.templates.put(Template(ORG, "t", "T", "", NOW, NOW, {}, 6))
+        await tx.versions.add(version(3, build_id=every[3].id))
+        for one in (*every, active, other):
+            await tx.builds.add(one)
+            await tx.builds.append(one.id, [BuildLine(1, NOW, "p", "line")])
+        await tx.builds.prune(ORG, "t", keep=3, keep_logs=2)
+    left = [*every[:4], active]
+    async with store.read() as tx:
+        assert [one.id for one in await tx.builds.page(ORG, "t", limit=9)] == [
+            one.id for one in left
+        ]
+        logs = [len(await tx.builds.read(one.id, after=0, limit=9)) for one in (*left, other)]
+        assert logs == [1, 1, 0, 0, 1, 1]
+        emptied = await tx.builds.find(ORG, every[2].id)
+        assert emptied is not None
+        assert emptied.lines == 0
+    async with store.write(ORG) as tx:
+        await tx.templates.remove(ORG, "t", at=NOW)
+        assert await tx.builds.page(ORG, "t", limit=9) == [replace(active, plan={})]
+
+
 async def test_a_build_waits_to_be_described(store: Store) -> None:
     first, second = (build(status=BuildStatus.WAITING, plan={"tags": [n]}) for n in ("a", "b"))
     async with store.write(ORG) as tx:

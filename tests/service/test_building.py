@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tests.support.clock import DrivenClock
-from tests.support.desk import Desk, open_desk, until
+from tests.support.desk import Desk, open_desk, still, until
 from tests.support.nodes import FakeNode, Machine, MemoryStream
 
 from sandyard.server.app.installation import secret_key
@@ -26,8 +26,10 @@ from sandyard.server.core.errors import (
     LimitReachedError,
     NoCapacityError,
     NotFoundError,
+    PayloadTooLargeError,
 )
-from sandyard.server.core.records import Build, BuildStatus
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.records import Build, BuildStatus, Upload
 from sandyard.server.links.sql.seal import Seal
 from sandyard.server.service.builds import building, cache, recipes
 from sandyard.server.service.builds.plan import NewTemplate, Step, StepKind
@@ -382,7 +384,67 @@ async def test_a_build_with_secrets_keeps_nothing_and_masks_them(site: Site) -> 
     assert "it is ***" in lines
     assert ("/run/secrets/KEY", b"hunter2hunter2") in site.works.secrets
     assert await kept(site) == []
-    assert (await plan_of(site, build))["secrets"] == {}
+    assert await plan_of(site, build) == {}
+
+
+async def test_old_builds_are_removed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "LIST_MAX", 2)
+    monkeypatch.setattr(building, "_LOGS_KEPT", 1)
+    first, _ = await site.ended(await site.build(STEPS))
+    site.works.fails["bad"] = 1
+    await site.ended(await site.build(replace(STEPS, run=("bad",))))
+    third, _ = await site.ended(await site.build(replace(STEPS, run=("third",))))
+    last, _ = await site.ended(await site.build(replace(STEPS, run=("last",))))
+    every = await site.desk.services.builds.list(site.desk.actor, "mine")
+    assert [one.id for one in every] == [last.id, third.id, first.id], "that of a version is kept"
+    async with site.desk.control.store.read() as tx:
+        assert await tx.builds.read(third.id, after=0, limit=9) == []
+        assert await tx.builds.read(last.id, after=0, limit=9) != []
+
+
+async def test_uploads_at_once_share_the_limit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads, actor = site.desk.services.uploads, site.desk.actor
+    monkeypatch.setattr(uploads, "_size_max", 1000)
+    going = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield bytes(300)
+        await going.wait()
+        yield bytes(300)
+
+    taking = [asyncio.create_task(uploads.take(actor, body())) for _ in range(3)]
+    await still()
+    going.set()
+    done = await asyncio.gather(*taking, return_exceptions=True)
+    kept = [one for one in done if not isinstance(one, BaseException)]
+    assert len(kept) == 1
+    assert sum(isinstance(one, PayloadTooLargeError) for one in done) == 2
+    assert len(list(uploads._folder.iterdir())) == 1
+
+
+async def test_what_another_server_keeps_meanwhile_counts(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads, actor = site.desk.services.uploads, site.desk.actor
+    monkeypatch.setattr(uploads, "_size_max", 1000)
+    upload_id = uploads.named(actor, "mine", "hash")
+    await uploads.take(actor, pieces(b"before"), upload_id=upload_id)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield bytes(100)
+        now = site.desk.clock.now()
+        other = Upload(new_uuid(), actor.org_id, actor.user_id, "other", 950, "d", now)
+        async with site.desk.control.store.write(actor.org_id) as tx:
+            await tx.uploads.add(other)
+
+    with pytest.raises(PayloadTooLargeError):
+        await uploads.take(actor, body(), upload_id=upload_id)
+    assert b"".join([one async for one in uploads.read(upload_id)]) == b"before"
+
+
+async def pieces(*every: bytes) -> AsyncIterator[bytes]:
+    for one in every:
+        yield one
 
 
 async def plan_of(site: Site, build: Build) -> Any:

@@ -957,8 +957,8 @@ class BuildRows(Protocol):
         ...
 
     async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:
-        """Write a build and keep its lease, or give that up for None. `is_cancelled` is not
-        written, and the plan only of a build that has ended.
+        """Write a build and keep its lease, or give that up for None. `is_cancelled` and the plan
+        are not written; the plan of a build that has ended is removed.
 
         Return the build as it is now; None, with nothing written, if the lease was lost.
         """
@@ -976,6 +976,11 @@ class BuildRows(Protocol):
 
     async def expire(self, *, before: datetime, at: datetime, error: str) -> None:
         """End the announced builds from before a time that still wait for their steps."""
+        ...
+
+    async def prune(self, org_id: str, slug: str, *, keep: int, keep_logs: int) -> None:
+        """Remove the ended builds of a template but for the newest `keep` and those of versions,
+        and the logs of all but the newest `keep_logs`."""
         ...
 
     async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     and_,
     cast,
     delete,
+    exists,
     func,
     insert,
     or_,
@@ -86,9 +87,13 @@ class TemplateTable:
             .where(*_of(versions, org_id, slug), versions.c.removed_at.is_(None))
             .values(removed_at=at)
         )
-        builds = select(t.builds.c.id).where(*_of(t.builds, org_id, slug))
+        its = _of(t.builds, org_id, slug)
+        builds = select(t.builds.c.id).where(*its)
         await self._connection.execute(
             delete(t.build_lines).where(t.build_lines.c.build_id.in_(builds))
+        )
+        await self._connection.execute(
+            delete(t.builds).where(*its, t.builds.c.ended_at.is_not(None))
         )
         done = await self._connection.execute(
             delete(t.templates).where(*_of(t.templates, org_id, slug))
@@ -223,7 +228,8 @@ class BuildTable:
 
     async def add(self, build: Build) -> None:
         """See core.contracts.store.BuildRows.add."""
-        await self._connection.execute(insert(t.builds).values(self._values(build)))
+        values = self._values(build) | self._planned(build.plan)
+        await self._connection.execute(insert(t.builds).values(values))
 
     async def find(self, org_id: str, build_id: str) -> Build | None:
         """See core.contracts.store.BuildRows.find."""
@@ -266,7 +272,7 @@ class BuildTable:
         done = await self._connection.execute(
             update(t.builds)
             .where(t.builds.c.id == build.id, _is_waiting())
-            .values(self._values(build))
+            .values(self._values(build) | self._planned(build.plan))
         )
         return done.rowcount > 0
 
@@ -298,8 +304,8 @@ class BuildTable:
         c = t.builds.c
         values = self._values(build)
         del values["is_cancelled"]
-        if build.ended_at is None:
-            del values["plan_sealed"]
+        if build.ended_at is not None:
+            values |= self._planned({})
         token = None if lasts is None else lease
         until = None if lasts is None else _until(lasts)
         return await self._taken(
@@ -324,7 +330,7 @@ class BuildTable:
                 status=BuildStatus.CANCELLED.value,
                 ended_at=at,
                 error="it was cancelled",
-                plan_sealed=self._seal.close({"plan": "{}"}),  # it may have secrets
+                **self._planned({}),
             )
         )
         return done.rowcount > 0
@@ -344,7 +350,7 @@ class BuildTable:
                 status=BuildStatus.FAILED.value,
                 ended_at=at,
                 error=error,
-                plan_sealed=self._seal.close({"plan": "{}"}),
+                **self._planned({}),
             )
             .returning(*_BUILD)
         )
@@ -354,8 +360,24 @@ class BuildTable:
         await self._connection.execute(
             update(t.builds)
             .where(_is_waiting(), t.builds.c.created_at < before)
-            .values(status=BuildStatus.FAILED.value, ended_at=at, error=error)
+            .values(status=BuildStatus.FAILED.value, ended_at=at, error=error, **self._planned({}))
         )
+
+    async def prune(self, org_id: str, slug: str, *, keep: int, keep_logs: int) -> None:
+        """See core.contracts.store.BuildRows.prune."""
+        c, v, lines = t.builds.c, t.template_versions.c, t.build_lines
+        ended = (*_of(t.builds, org_id, slug), c.ended_at.is_not(None))
+        found = await self._connection.execute(
+            select(c.id).where(*ended).order_by(c.created_at.desc(), c.id.desc())
+        )
+        every = [str(one) for one in found.scalars()]
+        for build_id in every[keep_logs:]:
+            await self._connection.execute(delete(lines).where(lines.c.build_id == build_id))
+        for build_id in every[keep:]:
+            has_version = exists().where(v.build_id == build_id, v.removed_at.is_(None))
+            await self._connection.execute(delete(t.builds).where(c.id == build_id, ~has_version))
+        emptied = c.id.in_(every[keep_logs:])
+        await self._connection.execute(update(t.builds).where(emptied).values(lines=0))
 
     async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:
         """See core.contracts.store.BuildRows.append."""
@@ -377,8 +399,11 @@ class BuildTable:
 
     def _values(self, build: Build) -> dict[str, Any]:
         values = vars(build) | {"by": dict(build.by), "stages": list(build.stages)}
-        values["plan_sealed"] = self._seal.close({"plan": json.dumps(values.pop("plan"))})
+        del values["plan"]  # MiB to encrypt, and builds are saved every second
         return values | {"status": build.status.value}
+
+    def _planned(self, plan: Mapping[str, object]) -> dict[str, str]:
+        return {"plan_sealed": self._seal.close({"plan": json.dumps(dict(plan))})}
 
     async def _taken(self, statement: Any, *columns: Any) -> Build | None:
         found = await self._connection.execute(statement.returning(*columns))

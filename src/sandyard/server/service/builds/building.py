@@ -48,6 +48,7 @@ from sandyard.server.core.wire import printable
 from sandyard.server.service.builds import recipes
 from sandyard.server.service.builds.builds import (
     BUILDER,
+    LIST_MAX,
     WAITS,
     WORK,
     actor_of,
@@ -78,6 +79,9 @@ _LEASE: Final = timedelta(seconds=30)
 _BEAT_S: Final = 2.0
 _LOOK_S: Final = 2.0
 _TIDY_S: Final = 60.0
+_NODES_AT_ONCE: Final = 32
+_LOGS_KEPT: Final = 20
+"""Logs of ended builds that are kept of each template."""
 _START_S: Final = 300.0
 _FLUSH_S: Final = 0.5
 _AGAIN_S: Final = 3.0
@@ -254,29 +258,37 @@ class Building:
 
     async def drop_stages(self, build: Build, *, but: tuple[str, ...]) -> tuple[str, ...]:
         """Remove what nodes kept for a build, and return the names of what may be left."""
-        left = False
-        for node_id, node in list(self._nodes.items()):
-            try:
-                await node.drop_stages(build.id, but=but)
-            except SandyardError as error:
-                log.warning(
-                    "cannot remove the stages of a build from the node %s: %s",
-                    node_id,
-                    error.message,
-                )
-                left = True
-        return build.stages if left else ()
+        is_done = await self._on_all_nodes(
+            lambda node: node.drop_stages(build.id, but=but), f"the stages of the build {build.id}"
+        )
+        return () if is_done else build.stages
 
     async def drop(self, name: str) -> bool:
         """Remove a version from all nodes; return False if that must be repeated."""
-        is_gone = True
-        for node_id, node in list(self._nodes.items()):
-            try:
-                await node.drop_version(name)
-            except SandyardError as error:
-                log.debug("cannot remove %s from the node %s yet: %s", name, node_id, error.message)
-                is_gone = False
-        return is_gone
+        return await self._on_all_nodes(lambda node: node.drop_version(name), name)
+
+    async def _on_all_nodes(
+        self, ask: Callable[[NodeVersions], Awaitable[None]], what: str
+    ) -> bool:
+        """Ask all nodes concurrently to remove something; return False if one is away or failed."""
+        turns = asyncio.Semaphore(_NODES_AT_ONCE)
+
+        async def ask_one(node_id: str, node: NodeVersions) -> bool:
+            if not self._roster.is_there(node_id):
+                return False
+            async with turns:
+                try:
+                    await ask(node)
+                except SandyardError as error:
+                    log.warning(
+                        "cannot remove %s from the node %s: %s", what, node_id, error.message
+                    )
+                    return False
+            return True
+
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(ask_one(*one)) for one in list(self._nodes.items())]
+        return all(one.result() for one in asked)
 
 
 @dataclass(frozen=True)
@@ -369,7 +381,8 @@ class _Job:
         if await house.names_of(build):  # its server ended after it was published
             self._build = replace(build, status=BuildStatus.READY)
             return
-        await self._clean_up()
+        if build.started_at is not None:  # before, it has left nothing
+            await self._clean_up()
         if build.is_cancelled:
             raise _Cancelled
         now = house.clock.now()
@@ -950,12 +963,15 @@ class _Job:
             self._build, status=status, error=self._masks.over(error) if error else None,
             ended_at=self._house.clock.now(),
             phase=self._build.phase if status is BuildStatus.FAILED else "",
-            plan={**self._build.plan, "secrets": {}},
+            plan={},
         )  # fmt: skip
         for _ in range(_ENDINGS):
             try:
                 async with self._house.store.write(Turn.SHARED) as tx:
                     await tx.builds.save(self._build, lease=self._lease, lasts=None)
+                    await tx.builds.prune(
+                        self._build.org_id, self._build.slug, keep=LIST_MAX, keep_logs=_LOGS_KEPT
+                    )
                 break
             except UnavailableError as failure:
                 log.warning("cannot write the end of a build yet: %s", failure.message)

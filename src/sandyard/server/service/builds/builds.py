@@ -112,6 +112,8 @@ class Builds:
                 return made
             build = await self._new(actor, wish)
             async with self._store.write(actor.org_id) as tx:
+                if ids:  # that build is no longer kept
+                    await self._repeats.forget(tx, actor, request, tuple(ids))
                 build = await self._add(tx, actor, build, wish)
                 await self._repeats.note(tx, actor, request, (build.id,))
         self._bus.hint(WORK)

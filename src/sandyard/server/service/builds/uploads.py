@@ -14,6 +14,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -75,6 +76,7 @@ class Uploads:
         self._folder = folder
         self._size_max = size_max
         self._coming: Counter[str] = Counter()
+        self._arriving: Counter[str] = Counter()
 
     @staticmethod
     def named(actor: Actor, slug: str, name: str) -> str:
@@ -134,57 +136,59 @@ class Uploads:
         if known is not None:  # it is replaced
             kept = Kept(kept.count - 1, kept.size_bytes - known.size_bytes)
         if kept.count + self._coming[actor.org_id] >= _AT_ONCE:
-            raise LimitReachedError(
-                f"cannot keep another upload: {_AT_ONCE} are kept; each is removed after a day",
-                limit=_AT_ONCE,
-            )
+            raise _too_many()
         limit = plan_of(self._plans, actor).template_gb
         size_max = self._size_max if limit is None else min(self._size_max, limit * 2**30)
         is_new = upload_id is None
         upload_id = upload_id or new_uuid()
+        path, left = self._path(upload_id), size_max - kept.size_bytes
         self._coming[actor.org_id] += 1
         try:
-            left = size_max - kept.size_bytes
-            size, digest = await self._written(self._path(upload_id), body, left)
+            async with self._written(actor.org_id, path, body, left) as (part, size, digest):
+                upload = Upload(
+                    upload_id, actor.org_id, actor.user_id, self._server_id, size, digest,
+                    self._clock.now(),
+                )  # fmt: skip
+                try:
+                    async with self._store.write(actor.org_id) as tx:
+                        await tx.uploads.remove(upload_id)
+                        # Others may have ended meanwhile, here or on another server.
+                        _check_room(await tx.uploads.kept(actor.org_id), size, size_max)
+                        await tx.uploads.add(upload)
+                        part.rename(path)
+                except BaseException:
+                    if is_new:
+                        path.unlink(missing_ok=True)
+                    raise
         finally:
             self._coming[actor.org_id] -= 1
-        upload = Upload(
-            upload_id, actor.org_id, actor.user_id, self._server_id, size, digest, self._clock.now()
-        )
-        try:
-            async with self._store.write(actor.org_id) as tx:
-                await tx.uploads.remove(upload_id)
-                await tx.uploads.add(upload)
-        except BaseException:
-            if is_new:
-                self._path(upload_id).unlink(missing_ok=True)
-            raise
         return upload
 
+    @asynccontextmanager
     async def _written(
-        self, path: Path, body: AsyncIterator[bytes], size_max: int
-    ) -> tuple[int, str]:
+        self, org_id: str, path: Path, body: AsyncIterator[bytes], left: int
+    ) -> AsyncIterator[tuple[Path, int, str]]:
+        """Yield a temporary file with all of a stream, its size and its digest. The streams of an
+        organization that arrive at the same time may have `left` bytes together."""
         await in_thread(self._folder.mkdir, mode=0o700, parents=True, exist_ok=True)
         part, size, digest = path.with_suffix(f".{new_secret()}"), 0, hashlib.sha256()
         try:
             with part.open("xb") as file:
                 async for piece in body:
                     size += len(piece)
-                    if size > size_max:
-                        raise PayloadTooLargeError(
-                            f"cannot keep an upload of over {max(0, size_max) >> 20} MiB",
-                            limit=max(0, size_max),
-                        )
+                    self._arriving[org_id] += len(piece)
+                    if self._arriving[org_id] > left:
+                        raise _too_large(left)
                     digest.update(piece)
                     await in_thread(file.write, piece)
                     self._check_disk()
                 await in_thread(os.fsync, file.fileno())
-            part.rename(path)
+            yield part, size, digest.hexdigest()
         except OSError as error:
             raise NoCapacityError("cannot keep the upload: the disk is full") from error
         finally:
+            self._arriving[org_id] -= size
             part.unlink(missing_ok=True)
-        return size, digest.hexdigest()
 
     def _check_disk(self) -> None:
         left = os.statvfs(self._folder)
@@ -253,3 +257,22 @@ class Uploads:
         if not is_uuid(upload_id):
             raise AssertionError(f"not the id of an upload: {upload_id!r}")
         return self._folder / upload_id
+
+
+def _check_room(kept: Kept, size: int, size_max: int) -> None:
+    if kept.count >= _AT_ONCE:
+        raise _too_many()
+    if kept.size_bytes + size > size_max:
+        raise _too_large(size_max - kept.size_bytes)
+
+
+def _too_many() -> LimitReachedError:
+    return LimitReachedError(
+        f"cannot keep another upload: {_AT_ONCE} are kept; each is removed after a day",
+        limit=_AT_ONCE,
+    )
+
+
+def _too_large(left: int) -> PayloadTooLargeError:
+    limit = max(0, left)
+    return PayloadTooLargeError(f"cannot keep an upload of over {limit >> 20} MiB", limit=limit)
