@@ -1,6 +1,7 @@
 """How hosts become nodes, say that they are there and are given up: registry, door and lease."""
 
 import asyncio
+import json
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 from tests.support.clock import DrivenClock
+from tests.support.nodes import FakeNode
 from tests.support.papers import Desk
 from tests.support.store import place_database
 
+from sandyard.server.core.codec import encode
 from sandyard.server.core.contracts.cluster import (
     Application,
     Beat,
@@ -25,7 +28,7 @@ from sandyard.server.core.contracts.cluster import (
     Welcome,
     trust_of,
 )
-from sandyard.server.core.contracts.node import NodeView
+from sandyard.server.core.contracts.node import VIEW_MAX, GoldenFact, NodeView, ShelfFact
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     ConflictError,
@@ -54,7 +57,7 @@ from sandyard.server.links.tunnel.door import (
     opened_door,
 )
 from sandyard.server.links.tunnel.ends import Papers, context_of
-from sandyard.server.node.membership import NodeMembership
+from sandyard.server.node.membership import NodeMembership, Telling
 from sandyard.server.service.fleet import LEASE_S, Fleet
 from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
@@ -267,6 +270,15 @@ async def test_a_node_says_by_the_door_that_it_is_there(yard: Yard) -> None:
     for epoch in (-1, 2**31, 2**63 - 1):
         with pytest.raises(InvalidArgumentError):
             await presence.beat(identity.node_id, Beat(epoch))
+    # With more of everything than a message has room for.
+    large = NodeView(
+        templates=("base-minimal",),
+        shelves=tuple(ShelfFact(f"t{n}@{n:024x}", 1, n, 1024, 1, 1) for n in range(180)),
+        goldens=tuple(GoldenFact(f"t{n}@{n:024x}", 1, n) for n in range(100)),
+        versions=frozenset(f"{n:016x}" for n in range(3000)),
+    )
+    await presence.beat(identity.node_id, Beat(1, large.within(VIEW_MAX)))
+    assert len(json.dumps(encode(Beat(1, large.within(VIEW_MAX))))) < 2**16
     good = presence.doors[0]
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -481,6 +493,7 @@ class Presences:
         self.said: list[str] = []
         self.takes_s = 0.0
         self.authority = self.trusted_by_beats = "a"
+        self.reads_views = True
         self._clock = clock
 
     async def hello(self, node_id: str, hello: Hello) -> Welcome:
@@ -490,6 +503,8 @@ class Presences:
 
     async def beat(self, node_id: str, beat: Beat) -> Grant:
         await self._say("beat")
+        if beat.view is not None and not self.reads_views:
+            raise InvalidArgumentError("it cannot be read")
         return Grant(LEASE_S, "door:2", trust_of(self.trusted_by_beats, "", "n"))
 
     async def _say(self, word: str) -> None:
@@ -502,12 +517,13 @@ class Presences:
 
 @asynccontextmanager
 async def a_membership(
-    clock: DrivenClock, *ways: Presences
+    clock: DrivenClock, *ways: Presences, telling: Telling | None = None
 ) -> AsyncIterator[tuple[NodeMembership, "asyncio.Task[None]", list[str]]]:
     doors: list[str] = []
     membership = NodeMembership(
         new_uuid(), ways, hello=lambda: Hello(START, an_application()[1]),
         keep=lambda _: None, know=doors.append, clock=clock, boot_time=clock.monotonic,
+        telling=telling,
     )  # fmt: skip
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(_kept(membership))
@@ -520,6 +536,16 @@ async def _kept(membership: NodeMembership) -> None:
         await membership.run()
     except SandyardError as error:
         logging.getLogger(__name__).warning("it ended: %s", error.message)
+
+
+async def test_a_view_that_cannot_be_read_costs_no_lease(tmp_path: Path) -> None:
+    clock, telling = DrivenClock(), Telling()
+    telling.of(FakeNode())
+    way = Presences(clock)
+    way.reads_views = False
+    async with a_membership(clock, way, telling=telling) as (membership, _, _):
+        await drive(clock, LEASE_S + 2)
+        assert membership.has_lease
 
 
 async def test_a_node_counts_its_lease_from_before_it_asked(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import pytest
 from tests.support.clock import DrivenClock
 from tests.support.nodes import FakeNode
 
-from sandyard.server.core.contracts.node import GoldenFact, ShelfFact
+from sandyard.server.core.contracts.node import VIEW_MAX, GoldenFact, NodeView, ShelfFact
 from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.placement import Placement
+from sandyard.server.service.roster import Heartbeat
 
 SHAPE = Shape(1, 512, 1024)
 
@@ -64,6 +65,48 @@ async def test_where_a_machine_waits_goes_before_where_a_golden_one_is_and_that_
     await yard.clock.advance(5)
     await yard.ask()
     assert min((await yard.chosen(60)).values()) > 0
+
+
+async def test_a_version_is_found_among_thousands(yard: Yard) -> None:
+    every = (*(f"a@{number:016x}00000000" for number in range(3000)), "zz@" + "f" * 24)
+    yard.fakes["one"].templates_ready += every
+    await yard.ask()
+    assert (await yard.placement.choose(every[-1], SHAPE)).node_id == "one"
+
+
+async def test_a_heartbeat_without_room_for_all_versions_is_completed_by_a_report(
+    yard: Yard,
+) -> None:
+    every = (*(f"a@{number:016x}00000000" for number in range(5000)), "zz@" + "f" * 24)
+    one = yard.fakes["one"]
+    one.templates_ready += every
+    view = (await one.report()).view().within(VIEW_MAX)
+    assert not view.has(every[-1])
+    assert view.has(every[0])
+    assert view.is_unsure_of(every[-1])
+    roster = BeatingRoster(yard, {"one": view})
+    nodes = Nodes(yard.fakes, yard.clock, roster=roster)  # type: ignore[arg-type]
+    placement = Placement(nodes, yard.clock, by_lot=True)
+    one.asked.clear()
+    for _ in range(2):
+        assert (await placement.choose(every[-1], SHAPE)).node_id == "one"
+    assert one.asked.count("report") == 1
+
+
+class BeatingRoster:
+    """A roster whose nodes have sent a heartbeat just now."""
+
+    def __init__(self, yard: Yard, views: dict[str, NodeView]) -> None:
+        self._yard, self._views = yard, views
+
+    def takes_new(self, node_id: str) -> bool:
+        return True
+
+    is_there = takes_new
+
+    def last_heartbeat(self, node_id: str) -> Heartbeat | None:
+        view = self._views.get(node_id)
+        return None if view is None else Heartbeat(self._yard.clock.monotonic(), 1, view)
 
 
 async def test_what_was_placed_since_a_node_spoke_is_counted(yard: Yard) -> None:

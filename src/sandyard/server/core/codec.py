@@ -55,6 +55,8 @@ def encode(value: object) -> Any:
         return value.isoformat()
     if isinstance(value, Sequence):
         return [encode(one) for one in value]
+    if isinstance(value, frozenset):
+        return [encode(one) for one in sorted(value)]
     raise TypeError(f"no way to write {type(value).__name__}")
 
 
@@ -87,6 +89,8 @@ def _reader(kind: Any) -> _Read:
         return _optional(arguments)
     if origin in (tuple, Sequence):
         return _sequence(_reader(arguments[0]))
+    if origin is frozenset:
+        return _set(_reader(arguments[0]))
     if origin is Mapping:
         return _mapping(_reader(arguments[1]))
     if isinstance(kind, type):
@@ -151,6 +155,11 @@ def _sequence(reader: _Read) -> _Read:
         return tuple(reader(one, where) for one in raw)
 
     return read
+
+
+def _set(reader: _Read) -> _Read:
+    read = _sequence(reader)
+    return lambda raw, where: frozenset(read(raw, where))
 
 
 def _mapping(reader: _Read) -> _Read:

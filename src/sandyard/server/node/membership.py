@@ -10,9 +10,10 @@ from typing import Final, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.cluster import Beat, Grant, Hello, Identity, Presence, Welcome
-from sandyard.server.core.contracts.node import NodeControl, NodeView
+from sandyard.server.core.contracts.node import VIEW_MAX, NodeControl, NodeView
 from sandyard.server.core.errors import (
     ConflictError,
+    InvalidArgumentError,
     NotFoundError,
     SandyardError,
     UnauthenticatedError,
@@ -51,7 +52,7 @@ class Telling:
         if self._node is None:
             return None
         try:
-            return (await self._node.report()).view()
+            return (await self._node.report()).view().within(VIEW_MAX)
         except Exception:  # heartbeats are sent whatever the report is
             log.exception("cannot make this node's report; sending the heartbeat without it")
             return None
@@ -158,7 +159,11 @@ class NodeMembership:
                 return  # the control plane that accepts it will say where the first way is now
             say = partial(self._beat, Beat(epoch, await self._telling.view()))
             try:
-                grant: Grant = await self._said(say)
+                grant: Grant
+                try:
+                    grant = await self._said(say)
+                except InvalidArgumentError:  # the view cannot be read there
+                    grant = await self._said(partial(self._beat, Beat(epoch)))
                 self._lease_ends = sent + grant.lease_s
                 self._know(grant.door)
                 is_other = grant.trust not in ("", trust)

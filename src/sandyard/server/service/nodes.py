@@ -1,6 +1,7 @@
 """The nodes of the installation: how each is reached, and its last report."""
 
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import TypedDict, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
@@ -166,6 +167,7 @@ class Nodes:
         self._roster = roster
         self._clock = clock
         self._said: dict[str, tuple[float, NodeView]] = {}
+        self._reported: dict[str, NodeView] = {}
 
     def all(self) -> tuple[NodeControl, ...]:
         """Return every node."""
@@ -230,7 +232,8 @@ class Nodes:
         except UnavailableError:
             self._said.pop(node.node_id, None)
             raise
-        self._said[node.node_id] = (self._clock.monotonic(), report.view())
+        view = self._reported[node.node_id] = report.view()
+        self._said[node.node_id] = (self._clock.monotonic(), view)
         return report
 
     def last_heartbeat(self, node_id: str) -> Heartbeat | None:
@@ -241,7 +244,14 @@ class Nodes:
         """Return a node's last heartbeat and its monotonic time, or None if it is too old."""
         said, told = self._said.get(node_id), self.last_heartbeat(node_id)
         if told is not None and (said is None or said[0] < told.at):
-            return told.at, told.view
+            return told.at, self._completed(node_id, told.view)
         if said is not None and self._clock.monotonic() - said[0] < _FRESH_S:
             return said
         return None
+
+    def _completed(self, node_id: str, view: NodeView) -> NodeView:
+        """Return a view with all versions, if the last report had the same."""
+        known = self._reported.get(node_id)
+        if not view.mark or known is None or known.versions_mark != view.mark:
+            return view
+        return replace(view, versions=known.versions, mark="")

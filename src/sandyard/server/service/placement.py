@@ -144,7 +144,9 @@ class Placement:
         ids = [one for one in self._nodes.ids() if one not in but and self._nodes.takes_new(one)]
         views = {one: self._nodes.last_view(one) for one in ids}
         ranked = self._ranked(views, template, shape)
-        unknown = [one for one, view in views.items() if view is None]
+        unknown = [
+            one for one, view in views.items() if view is None or view[1].is_unsure_of(template)
+        ]
         has_others = self._by_lot and any(one.has_room for one in ranked)
         leaves_some = bool(unknown) and has_others and not asks_all
         if unknown and not leaves_some:

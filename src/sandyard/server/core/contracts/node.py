@@ -3,22 +3,29 @@
 All types here are serialized by `core.codec`.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
-from typing import Final, Generic, Protocol
+from functools import cached_property
+from hashlib import sha256
+from itertools import accumulate
+from typing import Final, Generic, Protocol, TypeVar
 
+from sandyard.server.core.codec import encode
 from sandyard.server.core.egress import NO_RULES, Credentials, Policy
 from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
 
-_SHORT = 16
+_T = TypeVar("_T")
+
+SHORT: Final = 16
 """So much of a digest is enough to tell versions apart."""
-_VERSIONS_MAX = 2000
-"""So many versions are in a heartbeat, whose length is limited."""
+VIEW_MAX: Final = 56 * 1024
+"""Bytes of a view as JSON in a heartbeat, which has 64 KiB with everything around it."""
 
 
 class Origin(StrEnum):
@@ -241,7 +248,10 @@ class GoldenFact:
 
 @dataclass(frozen=True)
 class NodeView:
-    """The part of a node's report that is sent every second, for placement; see `NodeReport`."""
+    """The part of a node's report that is sent every second, for placement; see `NodeReport`.
+
+    `versions` are the beginnings of digests. If they are not all, `mark` identifies all of them.
+    """
 
     templates: tuple[str, ...] = ()
     memory_mib: int = 0
@@ -249,12 +259,55 @@ class NodeView:
     shelves: tuple[ShelfFact, ...] = ()
     generation: int = 0
     goldens: tuple[GoldenFact, ...] = ()
-    versions: tuple[str, ...] = ()
+    versions: frozenset[str] = frozenset()
+    mark: str = ""
 
     def has(self, template: str) -> bool:
         """Tell whether the node can start machines of a template, or of a version."""
         _, _, digest = template.partition("@")
-        return digest[:_SHORT] in self.versions if digest else template in self.templates
+        return digest[:SHORT] in self.versions if digest else template in self.templates
+
+    def is_unsure_of(self, template: str) -> bool:
+        """Tell whether only the whole report says if the node has a version."""
+        return bool(self.mark) and "@" in template and not self.has(template)
+
+    @cached_property
+    def versions_mark(self) -> str:
+        """What identifies these versions."""
+        return sha256("\n".join(sorted(self.versions)).encode()).hexdigest()[:SHORT]
+
+    def within(self, size_max: int) -> "NodeView":
+        """Return the part that has at most so many bytes as JSON: a longer heartbeat would not be
+        taken, and the node would lose its lease."""
+        waiting = sorted(
+            (one for one in self.shelves if one.size), key=lambda one: one.size, reverse=True
+        )
+        templates = _fitting(self.templates, size_max // 2)
+        shelves = _fitting(waiting, size_max // 4)
+        goldens = _fitting(self.goldens, size_max // 8)
+        part = replace(
+            self,
+            templates=templates,
+            shelves=shelves,
+            goldens=goldens,
+            versions=frozenset(),
+            mark=self.versions_mark,
+        )
+        versions = frozenset(_fitting(sorted(self.versions), size_max - _size_of(part)))
+        is_whole = len(versions) == len(self.versions)
+        return replace(part, versions=versions, mark="" if is_whole else part.mark)
+
+
+def _fitting(items: Sequence[_T], size_max: int) -> tuple[_T, ...]:
+    """Return the first items that have at most so many bytes as JSON."""
+    if _size_of(items) <= size_max:
+        return tuple(items)
+    sizes = accumulate(_size_of(one) + len(", ") for one in items)
+    return tuple(one for one, size in zip(items, sizes, strict=True) if size <= size_max)
+
+
+def _size_of(value: object) -> int:
+    return len(json.dumps(encode(value)))
 
 
 @dataclass(frozen=True)
@@ -298,7 +351,7 @@ class NodeReport:
             self.shelves,
             self.generation,
             self.golden_kinds,
-            tuple(one.partition("@")[2][:_SHORT] for one in self.versions[:_VERSIONS_MAX]),
+            frozenset(one.partition("@")[2][:SHORT] for one in self.versions),
         )
 
 

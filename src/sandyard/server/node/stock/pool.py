@@ -42,6 +42,8 @@ _LIMIT_S = 30.0
 _PATIENCE = 10
 _STOPPED = 2  # creates may keep a filler stopped for half of the time (`Background`)
 _PAUSE_MAX_S = 300.0
+_ODD_MAX = 64
+"""Shelves of kinds other than the usual ones: any number can be requested."""
 _PERIOD_S = 2.0
 _ROUNDS_AT_ONCE = 2
 
@@ -98,6 +100,7 @@ class _Shelf:
     coming: int = 0
     asked_at: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
     short_since: float | None = None
+    is_usual: bool = False
     failed_at: float | None = None
     failures: int = 0
 
@@ -146,9 +149,11 @@ class Pool:
 
         Only machines that answered recently are returned.
         """
-        shelf = self._shelves.setdefault(kind, _Shelf(kind))
-        shelf.asked_at.append(self._means.clock.monotonic())
+        shelf = self._shelves.get(kind) or self._new_shelf(kind)
         self.nudge()
+        if shelf is None:
+            return None
+        shelf.asked_at.append(self._means.clock.monotonic())
         found = next(self._fit(shelf, disk_mib), None)
         if found is not None:
             # Not on a miss: that create may have to wait for a restore of a filler's.
@@ -156,6 +161,18 @@ class Pool:
             shelf.members.remove(found)
             self._ledger.leave(found)
         return found
+
+    def _new_shelf(self, kind: Kind) -> _Shelf | None:
+        """Add a shelf for a kind that was requested, in place of the one that was requested least
+        lately; return None if all are in use."""
+        odd = [one for one in self._shelves.values() if not one.is_usual]
+        if len(odd) >= _ODD_MAX:
+            idle = [one for one in odd if not one.members and not one.coming]
+            if not idle:
+                return None
+            del self._shelves[min(idle, key=lambda one: max(one.asked_at, default=0.0)).kind]
+        shelf = self._shelves[kind] = _Shelf(kind)
+        return shelf
 
     def has(self, kind: Kind, disk_mib: int, *, besides: int = 0) -> bool:
         """Tell whether a claim would find a machine after this many other claims."""
@@ -226,6 +243,7 @@ class Pool:
             kind = self._goldens.kind_of(image, slug, definition.defaults)
             usual.append(self._shelves.setdefault(kind, _Shelf(kind)))
         for shelf in usual:
+            shelf.is_usual = True
             shelf.floor = self._floor(shelf, len(usual))
         for kind, shelf in list(self._shelves.items()):
             if not self._means.images.is_current(kind.template, kind.image):
