@@ -19,7 +19,12 @@ from sandyard.server.core.contracts.node import (
     TemplateStatus,
 )
 from sandyard.server.core.copies import CopiedFile, Copy, ReadCopy, Wanted, WriteCopy
-from sandyard.server.core.errors import DamagedError, NotFoundError, UnavailableError
+from sandyard.server.core.errors import (
+    DamagedError,
+    NoCapacityError,
+    NotFoundError,
+    UnavailableError,
+)
 from sandyard.server.core.records import VersionKey
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.builds.copies import Copies
@@ -134,15 +139,18 @@ class _Stream:
 
 async def look(hosts: Hosts, times: int = 1) -> list[tuple[str, str, str]]:
     """Look once, or several times, and return what was copied: its name, from where, to where."""
-    clock = DrivenClock(NOW)
+    copies = copies_of(hosts, DrivenClock(NOW))
+    for _ in range(times):
+        await copies._look()
+    return hosts.copied
+
+
+def copies_of(hosts: Hosts, clock: DrivenClock) -> Copies:
     platform: Any = SimpleNamespace(
         server_id="s", store=hosts, bus=None, clock=clock, nodes=hosts, tunnel=hosts,
         templates=SimpleNamespace(shipped=hosts),
     )  # fmt: skip
-    copies = Copies(platform, {one: hosts.node(one) for one in hosts.facts})
-    for _ in range(times):
-        await copies._look()
-    return hosts.copied
+    return Copies(platform, {one: hosts.node(one) for one in hosts.facts})
 
 
 async def test_nodes_that_lack_a_template_receive_the_newest_that_was_built() -> None:
@@ -204,6 +212,43 @@ async def test_what_failed_is_not_tried_again_at_once() -> None:
     hosts.errors["lacks"] = UnavailableError("it does not answer")
     assert await look(hosts, times=3) == []
     assert asked == ["here", "lacks"]
+
+
+async def test_a_copy_that_was_broken_off_is_tried_again_soon() -> None:
+    hosts = Hosts({"here": (READY,), "lacks": (READY,)}, {"here": (NAME,)}, [VERSION])
+    clock = DrivenClock(NOW)
+    copies = copies_of(hosts, clock)
+    hosts.errors["lacks"] = UnavailableError("the connection has ended")
+    await copies._look()
+    hosts.errors.clear()
+    await clock.advance(10)
+    await copies._look()
+    assert hosts.copied == [(NAME, "here", "lacks")]
+    # One that keeps failing is tried less and less often.
+    hosts.errors["lacks"] = NoCapacityError("its disk is full")
+    await copies._look()
+    await clock.advance(200)
+    hosts.errors.clear()
+    await copies._look()
+    assert len(hosts.copied) == 1
+
+
+async def test_many_versions_on_many_nodes_do_not_block_the_server() -> None:
+    versions = [VersionKey("org", "mine", f"{number:016x}00000000") for number in range(300)]
+    names = tuple(f"mine@{one.digest}" for one in versions)
+    nodes = [f"node-{number}" for number in range(50)]
+    hosts = Hosts({one: (READY,) for one in nodes}, dict.fromkeys(nodes, names), versions)
+    looked = 0
+    is_there = hosts.is_there
+
+    def counted(node_id: str) -> bool:
+        nonlocal looked
+        looked += 1
+        return is_there(node_id)
+
+    hosts.is_there = counted  # type: ignore[method-assign]
+    assert await look(hosts) == []
+    assert looked < 4 * len(nodes), "not for each version"
 
 
 async def test_a_version_that_is_deleted_meanwhile_is_removed_again() -> None:

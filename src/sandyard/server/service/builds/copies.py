@@ -5,13 +5,16 @@ One server at a time looks. What it copies goes through it, from one node's tunn
 template of the installation goes to the nodes that have not built it themselves, a version to all.
 """
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, TypeVar
 
 from sandyard.server.core.contracts.node import (
+    SHORT,
     MachineRef,
     NodeVersions,
     NodeView,
@@ -24,6 +27,7 @@ from sandyard.server.core.copies import ReadCopy, WriteCopy
 from sandyard.server.core.errors import (
     DamagedError,
     DeadlineExceededError,
+    NoCapacityError,
     SandyardError,
     UnavailableError,
 )
@@ -44,7 +48,13 @@ _LOOK_S: Final = 10.0
 _LIMIT_S: Final = 1800.0
 _STALL_S: Final = 30.0
 _AHEAD: Final = timedelta(minutes=5)
-_AGAIN_S: Final = 300.0
+_SOON_S, _AGAIN_S = 5.0, 300.0
+
+
+@dataclass(frozen=True)
+class _Failure:
+    until: float
+    pause_s: float
 
 
 class Copies:
@@ -59,7 +69,7 @@ class Copies:
         self._versions = nodes
         self._shipped = platform.templates.shipped
         self._tunnel = platform.tunnel
-        self._failed: dict[tuple[str, str, str], float] = {}
+        self._failed: dict[tuple[str, str, str], _Failure] = {}
 
     async def run(self) -> None:
         """Look forever. With a single machine there is nothing to do."""
@@ -78,16 +88,14 @@ class Copies:
     async def _look(self) -> None:
         if not await self._has_duty():
             return
+        now = self._clock.monotonic()
+        self._failed = {key: one for key, one in self._failed.items() if now < one.until + _AGAIN_S}
         async with Crew() as crew:
             crew.start(self._keep_duty(), "the duty of copying is no longer renewed")
             await self._spread_templates()
             async with self._store.read() as tx:
                 versions = await tx.versions.every()
-            for version in versions:
-                try:
-                    await self._spread_version(version)
-                except SandyardError as error:
-                    log.warning("cannot copy a version: %s; retrying", error.message)
+            await self._spread_versions(versions)
 
     async def _has_duty(self) -> bool:
         async with self._store.write(Turn.SHARED) as tx:
@@ -101,13 +109,20 @@ class Copies:
             except SandyardError as error:
                 log.debug("cannot renew the duty of copying: %s", error.message)
 
-    def _views(self) -> dict[str, NodeView]:
-        """Return what the nodes said last that can be reached."""
-        return {
-            one: view[1]
-            for one in self._nodes.ids()
-            if self._nodes.is_there(one) and (view := self._nodes.last_view(one)) is not None
-        }
+    async def _views(self) -> dict[str, NodeView]:
+        """Return what the nodes that can be reached said last, with all of their versions."""
+        views = {}
+        for one in self._nodes.ids():
+            if not self._nodes.is_there(one):
+                continue
+            said = self._nodes.last_view(one)
+            if said is not None and said[1].mark:  # a heartbeat has no room for all
+                with suppress(UnavailableError):
+                    await self._nodes.report_of(self._nodes.get(one))
+                said = self._nodes.last_view(one)
+            if said is not None and not said[1].mark:
+                views[one] = said[1]
+        return views
 
     async def _spread_templates(self) -> None:
         told, now = await self._shipped.by_node(), self._clock.now()
@@ -126,15 +141,35 @@ class Copies:
                 if _wants(fact, facts[source]) and self._nodes.takes_new(node_id):
                     await self._copy(slug, source, node_id, digest=facts[source].digest)
 
-    async def _spread_version(self, version: VersionKey) -> None:
-        name = version_name(version.slug, version.digest)
-        views = self._views()
-        having = [one for one, view in views.items() if view.has(name)]
+    async def _spread_versions(self, versions: Sequence[VersionKey]) -> None:
+        """Copy versions to the nodes that lack them, the oldest first."""
+        views = await self._views()
+        wanted = {one.digest[:SHORT] for one in versions}
+        lacking: dict[str, list[str]] = {}
+        having: dict[str, list[str]] = {}
         for node_id, view in views.items():
             # It needs a template of the installation, whose kernel it boots.
-            is_ready = bool(view.templates) and self._nodes.takes_new(node_id)
-            if view.has(name) or not is_ready:
-                continue
+            if view.templates and self._nodes.takes_new(node_id):
+                for digest in wanted - view.versions:
+                    lacking.setdefault(digest, []).append(node_id)
+            await asyncio.sleep(0)  # there may be thousands of each
+        for node_id, view in views.items():
+            for digest in view.versions & lacking.keys():
+                having.setdefault(digest, []).append(node_id)
+            await asyncio.sleep(0)
+        for version in versions:
+            digest = version.digest[:SHORT]
+            if digest in lacking and digest in having:
+                try:
+                    await self._spread_version(version, having[digest], lacking[digest])
+                except SandyardError as error:
+                    log.warning("cannot copy a version: %s; retrying", error.message)
+
+    async def _spread_version(
+        self, version: VersionKey, having: Sequence[str], lacking: Sequence[str]
+    ) -> None:
+        name = version_name(version.slug, version.digest)
+        for node_id in lacking:
             for source in having:
                 if await self._copy(name, source, node_id):
                     break
@@ -155,8 +190,9 @@ class Copies:
         """Copy a template or version; return whether that succeeded. `digest` is that of the
         template's image."""
         now = self._clock.monotonic()
-        self._failed = {key: until for key, until in self._failed.items() if now < until}
-        if {(source, target, name), (source, target, "")} & self._failed.keys():
+        keys = ((source, target, name), (source, target, ""))
+        failures = [self._failed[key] for key in keys if key in self._failed]
+        if any(now < one.until for one in failures):
             return False
         try:
             async with self._clock.timeout(_LIMIT_S):
@@ -165,13 +201,21 @@ class Copies:
             is_slow = isinstance(error, TimeoutError | DeadlineExceededError)
             # Whatever else they are to exchange would wait as long.
             key = "" if is_slow or isinstance(error, UnavailableError) else name
-            self._failed[source, target, key] = now + _AGAIN_S
+            pause_s = _AGAIN_S
+            if isinstance(error, UnavailableError) and not (
+                is_slow or isinstance(error, NoCapacityError)
+            ):  # one of them was killed or restarted, and may be back soon
+                before = self._failed.get((source, target, key))
+                pause_s = _SOON_S if before is None else min(2 * before.pause_s, _AGAIN_S)
+            self._failed[source, target, key] = _Failure(now + pause_s, pause_s)
             why = error.message if isinstance(error, SandyardError) else "it takes too long"
             log.warning(
                 "cannot copy %s from the node %s to %s: %s; retrying in %g s",
-                name, source, target, why, _AGAIN_S,
+                name, source, target, why, pause_s,
             )  # fmt: skip
             return False
+        for succeeded in keys:
+            self._failed.pop(succeeded, None)
         if size is not None:
             log.info(
                 "copied %s from the node %s to %s: %.0f MiB in %.1f s",
