@@ -299,7 +299,7 @@ class Node:
     async def drop_version(self, version: str) -> None:
         """See core.contracts.node.NodeVersions.drop_version."""
         await in_thread(self._means.images.versions.drop, version)
-        self._goldens.forget_old()
+        await self._goldens.forget_old()
         await in_thread(self._drop_images)
         self._means.on_change()
 

@@ -25,6 +25,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
+from sandyard.server.core.ids import new_secret
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.host.ledger import Ledger
@@ -253,13 +254,21 @@ class Goldens:
         for number in await in_thread(self._beyond_bound, others):
             await in_thread(shutil.rmtree, others[number], ignore_errors=True)
 
-    def forget_old(self) -> None:
+    async def forget_old(self) -> None:
         """Remove golden machines whose template has a newer image."""
+        for kind in await in_thread(self._old, list(self._known)):
+            golden = self._known.pop(kind, None)
+            if golden is not None:
+                # Renamed first: its kind may be current again before all of it is removed. Clones
+                # have their own link to its memory, and are not affected.
+                away = golden.folder.with_name(f"{golden.folder.name}.{new_secret()}.part")
+                with contextlib.suppress(OSError):
+                    golden.folder.rename(away)
+                await in_thread(shutil.rmtree, away, ignore_errors=True)
+
+    def _old(self, kinds: list[Kind]) -> list[Kind]:
         is_current = self._means.images.is_current
-        for kind in [one for one in self._known if not is_current(one.template, one.image)]:
-            golden = self._known.pop(kind)
-            # Clones have their own link to its memory, and are not affected.
-            shutil.rmtree(golden.folder, ignore_errors=True)
+        return [one for one in kinds if not is_current(one.template, one.image)]
 
     async def _stop(self) -> None:
         for task in list(self._making.values()):

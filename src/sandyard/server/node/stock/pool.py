@@ -234,7 +234,7 @@ class Pool:
         return self._limits.quiet_s if is_short else _PERIOD_S
 
     async def _look(self, crew: Crew) -> None:
-        self._goldens.forget_old()
+        await self._goldens.forget_old()
         usual: list[_Shelf] = []
         for slug, definition in self._means.images.definitions.items():
             image = self._means.images.current(slug)
