@@ -488,6 +488,8 @@ async def test_the_process_cannot_be_dialed_or_looked_into(guest: Lab) -> None:
     assert status["Groups"].strip() == ""
     assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
     assert status["NoNewPrivs"].strip() == "1"
+    nice = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16]
+    assert (nice, Path(f"/proc/{pid}/oom_score_adj").read_text().strip()) == ("5", "300")
     assert list(Path(f"/proc/{pid}/root").iterdir()) == []
     assert len(Path(f"/proc/{pid}/mountinfo").read_text().splitlines()) == 1, "its own root"
     assert Path(f"/proc/{pid}/mem").stat().st_uid == 0, "it cannot be traced or dumped"

@@ -5,6 +5,7 @@ holds nothing of a sandbox, and ends with the server; its children continue.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import json
@@ -31,6 +32,7 @@ _MS_NOSUID_NODEV_NOEXEC, _MS_REC, _MS_PRIVATE = 0x0E, 0x4000, 0x40000
 _MNT_DETACH = 2
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 _BACKLOG = 512
+_NICE, _OOM_SCORE = 5, 300
 _LIMITS = {
     resource.RLIMIT_NOFILE: 4096,
     resource.RLIMIT_CORE: 0,
@@ -76,6 +78,7 @@ def _be(data: bytes, descriptors: list[int], hosts: ssl.SSLContext) -> None:
     """Become the process of a sandbox; does not return."""
     try:
         os.setsid()
+        _yield_to_machines()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         start = decode(Start, json.loads(data))
         netns, empty, control, errors, *rest = descriptors
@@ -99,6 +102,16 @@ def _be(data: bytes, descriptors: list[int], hosts: ssl.SSLContext) -> None:
     finally:
         sys.stderr.flush()
         os._exit(1)
+
+
+def _yield_to_machines() -> None:
+    """Run at a lower priority than machines and the server, and be the first to be killed when
+    memory runs out: a guest decides how much there is to do."""
+    os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+    # A new session has a new autogroup, whose priority counts instead where the kernel has those.
+    for path, value in (("/proc/self/autogroup", _NICE), ("/proc/self/oom_score_adj", _OOM_SCORE)):
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            file.write(str(value))
 
 
 def _leave_files(uid: int, empty: int) -> None:
