@@ -35,6 +35,7 @@ from tests.support.store import recounted, written_in
 
 from sandyard.server.app.backups import environment_of
 from sandyard.server.core.contracts.store import Effects, Hold, Store, Turn
+from sandyard.server.core.egress import Egress, Policy
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.ids import digest_of_key, new_sandbox_id, new_uuid
 from sandyard.server.core.money import Account
@@ -64,6 +65,7 @@ from sandyard.server.core.records import (
     RegistryCredential,
     RequestKey,
     RevokedKey,
+    Ruled,
     Sandbox,
     SandboxQuery,
     Secret,

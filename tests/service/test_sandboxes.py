@@ -975,6 +975,20 @@ async def test_rules_that_change_during_a_start_are_those_of_its_end(desk: Desk)
     assert rules_of(desk, made) == SECOND
 
 
+async def test_the_journal_of_a_paused_sandbox_is_read_to_its_end(desk: Desk) -> None:
+    box = await desk.create(network=FIRST)
+    journals = desk.services.journals
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    for _ in range(3):
+        await journals.look()
+    read = desk.node.asked.count("connections")
+    await journals.look()
+    assert desk.node.asked.count("connections") == read
+    await desk.services.sandboxes.resume(desk.actor, box.id)
+    await journals.look()
+    assert desk.node.asked.count("connections") == read + 1
+
+
 async def test_the_journal_is_told_to_its_owner_alone(desk: Desk) -> None:
     box = await desk.create(network=FIRST)
     desk.node.journal = [

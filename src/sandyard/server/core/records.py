@@ -450,6 +450,16 @@ class Upload:
 
 
 @dataclass(frozen=True)
+class Ruled:
+    """A sandbox with network rules, without them."""
+
+    id: str
+    org_id: str
+    node_id: str
+    status: Status
+
+
+@dataclass(frozen=True)
 class Standing:
     """The part of a sandbox that is compared with its machine. See `Sandbox`."""
 

@@ -33,6 +33,7 @@ from sandyard.server.core.records import (
     RegistryCredential,
     RequestKey,
     RevokedKey,
+    Ruled,
     Sandbox,
     SandboxQuery,
     Secret,
@@ -112,8 +113,12 @@ class SandboxRows(Protocol):
         """Return the live ones of a name in every organization, oldest first."""
         ...
 
-    async def with_rules(self, org_id: str | None = None) -> list[Sandbox]:
-        """Return the sandboxes that have a node and network rules: an organization's, or all."""
+    async def with_rules(self, org_id: str) -> list[Sandbox]:
+        """Return an organization's sandboxes that have a node and network rules."""
+        ...
+
+    async def ruled(self) -> list[Ruled]:
+        """Return all sandboxes that have a node and network rules, without decrypting any."""
         ...
 
     async def page(self, query: SandboxQuery) -> list[Sandbox]:

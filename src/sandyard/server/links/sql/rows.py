@@ -51,6 +51,7 @@ from sandyard.server.core.records import (
     NodeSeen,
     Reason,
     RequestKey,
+    Ruled,
     Sandbox,
     SandboxQuery,
     Snapshot,
@@ -147,12 +148,19 @@ class SandboxTable:
             .limit(limit)
         )
 
-    async def with_rules(self, org_id: str | None = None) -> list[Sandbox]:
+    async def with_rules(self, org_id: str) -> list[Sandbox]:
         """See core.contracts.store.SandboxRows.with_rules."""
         c = t.sandboxes.c
-        which = [c.network.is_not(None), c.node_id.is_not(None), ~t.is_any_of(sorted(HIDDEN))]
-        which += [] if org_id is None else [c.org_id == org_id]
+        which = (c.org_id == org_id, *_have_rules())
         return await self.where(_selected().where(*which).order_by(c.created_at, c.id))
+
+    async def ruled(self) -> list[Ruled]:
+        """See core.contracts.store.SandboxRows.ruled."""
+        c = t.sandboxes.c
+        found = await self._connection.execute(
+            select(c.id, c.org_id, c.node_id, c.status).where(*_have_rules())
+        )
+        return [Ruled(**{**row, "status": Status(row["status"])}) for row in found.mappings()]
 
     async def page(self, query: SandboxQuery) -> list[Sandbox]:
         """See core.contracts.store.SandboxRows.page."""
@@ -738,6 +746,11 @@ async def put(
         .values(new)
         .on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=changes)
     )
+
+
+def _have_rules() -> tuple[ColumnElement[bool], ...]:
+    c = t.sandboxes.c
+    return (c.network.is_not(None), c.node_id.is_not(None), ~t.is_any_of(sorted(HIDDEN)))
 
 
 async def remove_some(connection: Connection, table: Table, *which: ColumnElement[bool]) -> None:

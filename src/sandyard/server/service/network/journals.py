@@ -9,8 +9,9 @@ from datetime import UTC, datetime, timedelta
 from sandyard.server.core.contracts.node import Connection
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import NotFoundError, SandyardError
-from sandyard.server.core.records import Activity, ActivityQuery, Sandbox
+from sandyard.server.core.records import Activity, ActivityQuery, Ruled
 from sandyard.server.service.lines import line
+from sandyard.server.service.sandboxes.enforcing import MAY_RUN
 from sandyard.server.service.sandboxes.platform import Platform
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class Journals:
         self._server_id = platform.server_id
         self._read: dict[str, float] = {}
         self._told: dict[str, dict[str, float]] = {}
+        self._finished: set[str] = set()
+        """Sandboxes that do not run, and whose journals have been read to their ends."""
 
     async def run(self) -> None:
         """Read forever."""
@@ -59,20 +62,23 @@ class Journals:
                 if not await tx.duties.take(_DUTY, self._server_id, lasts=_DUTY_LASTS):
                     return
         async with self._store.read() as tx:
-            found = [one for one in await tx.sandboxes.with_rules() if not one.network.is_default]
+            found = await tx.sandboxes.ruled()
         known = {one.id for one in found}
         for state in (self._read, self._told):
             for gone in state.keys() - known:
                 del state[gone]
-        by_node: dict[str, list[Sandbox]] = {}
+        resting = {one.id for one in found if one.status not in MAY_RUN}
+        self._finished &= resting
+        by_node: dict[str, list[Ruled]] = {}
         for one in found:
-            if one.node_id is not None and not self._nodes.is_lost(one.node_id):
+            is_there = self._nodes.has(one.node_id) and not self._nodes.is_lost(one.node_id)
+            if is_there and one.id not in self._finished:
                 by_node.setdefault(one.node_id, []).append(one)
         async with asyncio.TaskGroup() as tasks:
             for node_id, each in by_node.items():
                 tasks.create_task(self._look_at(node_id, each))
 
-    async def _look_at(self, node_id: str, sandboxes: Sequence[Sandbox]) -> None:
+    async def _look_at(self, node_id: str, sandboxes: Sequence[Ruled]) -> None:
         """Read the journals on one node, as long as it answers."""
         node = self._nodes.get(node_id)
         for sandbox in sandboxes:
@@ -88,8 +94,10 @@ class Journals:
                 return
             if lines:
                 await self._take(sandbox, lines)
+            elif sandbox.status not in MAY_RUN:
+                self._finished.add(sandbox.id)
 
-    async def _begin(self, sandbox: Sandbox) -> None:
+    async def _begin(self, sandbox: Ruled) -> None:
         """Begin with a sandbox where an earlier server may have ended."""
         now = self._clock.now()
         query = ActivityQuery(
@@ -105,7 +113,7 @@ class Journals:
         }
         self._read[sandbox.id] = now.timestamp() - _BACK_S
 
-    async def _take(self, sandbox: Sandbox, lines: Sequence[Connection]) -> None:
+    async def _take(self, sandbox: Ruled, lines: Sequence[Connection]) -> None:
         activity = self._refusals(sandbox, lines)
         used = {secret: one.time for one in lines for secret in one.secrets}
         if activity or used:
@@ -118,7 +126,7 @@ class Journals:
                     )
         self._read[sandbox.id] = lines[-1].time
 
-    def _refusals(self, sandbox: Sandbox, lines: Sequence[Connection]) -> list[Activity]:
+    def _refusals(self, sandbox: Ruled, lines: Sequence[Connection]) -> list[Activity]:
         told, found = self._told.setdefault(sandbox.id, {}), []
         for one in lines:
             name = one.name or one.address
