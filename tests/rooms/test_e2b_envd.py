@@ -209,6 +209,17 @@ async def test_what_cannot_be_started_is_refused(
 
 
 @pytest.mark.parametrize("method", ["SendInput", "SendSignal", "CloseStdin", "Update"])
+async def test_a_process_that_has_ended_is_not_found(box: Box, method: str) -> None:
+    events, _ = await box.run("echo", "hello")
+    pid = next(one["event"]["start"]["pid"] for one in events if "start" in one["event"])
+    message = {
+        "process": {"pid": pid}, "input": {"stdin": "YQ=="}, "signal": "SIGNAL_SIGKILL",
+        "pty": {"size": {"cols": 1, "rows": 1}},
+    }  # fmt: skip
+    assert await refusal(await box.call(f"{PROCESS}/{method}", message)) == (404, "not_found")
+
+
+@pytest.mark.parametrize("method", ["SendInput", "SendSignal", "CloseStdin", "Update"])
 async def test_a_process_that_is_not_there(box: Box, method: str) -> None:
     message = {
         "process": {"pid": 4_000_000}, "input": {"stdin": "YQ=="}, "signal": "SIGNAL_SIGTERM",

@@ -111,6 +111,21 @@ async def test_the_platforms_own_credentials_do_not_reach_a_port(shown: Shown) -
         assert secret.removeprefix("Bearer ") not in told
 
 
+async def test_a_session_of_the_platform_does_not_reach_a_port(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def is_ours(*_: object) -> bool:
+        return True
+
+    box = await shown.box()
+    sent: dict[str, Any] = {"Authorization": "Bearer eyJ.a", "X-API-Key": "eyJ.b"}
+    head = (await shown.get(box, "/", **sent)).json()["head"]
+    assert "eyJ.a" in head
+    assert "eyJ.b" in head
+    monkeypatch.setattr(ports_of_e2b, "has_session", is_ours)
+    assert "eyJ" not in (await shown.get(box, "/", **sent)).json()["head"]
+
+
 async def test_metrics_are_samples_of_the_guest_and_one_of_now(shown: Shown) -> None:
     box = await shown.box()
     now_s = int(time.time())
@@ -151,11 +166,43 @@ async def test_a_code_interpreter_that_starts_is_waited_for(
     told = answer.json()["head"]
     assert f"E2b-Sandbox-Id: {box.id}\r\nE2b-Template-Id: base-minimal\r\n" in told
     assert "theirs" not in told
-    # Not for ever, and not for those who may not use it.
+    # Not forever, and not for those who may not use it.
     monkeypatch.setattr(ports_of_e2b, "_INTERPRETER_START_S", 0)
     del shown.conduct.ports[INTERPRETER]
     assert (await shown.get(box, port=INTERPRETER, **token)).status_code == 502
     assert (await shown.get(box, port=INTERPRETER)).status_code == 403
+
+
+async def test_a_port_that_was_about_to_listen_is_waited_for_after_a_resume(shown: Shown) -> None:
+    box = await shown.box(autoResume={"enabled": True})
+    await shown.client.post(f"/sandboxes/{box.id}/pause")
+    port = shown.conduct.ports.pop(PORT)
+    asking = asyncio.ensure_future(shown.get(box))
+    assert await asyncio.wait({asking}, timeout=2) == (set(), {asking})
+    shown.conduct.ports[PORT] = port
+    assert (await asyncio.wait_for(asking, SOON_S)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\nHost: {host}\r\nHost: {host}\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: {host}\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: {host}\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+        b"Upgrade: websocket\r\n\r\n",
+    ],
+)
+async def test_a_request_with_several_hosts_is_refused(shown: Shown, head: bytes) -> None:
+    box = await shown.box()
+    host = f"{PORT}-{box.id}.{DOMAIN}".encode()
+    reader, writer = await shown.opened.knock()
+    writer.write(head.replace(b"{host}", host))
+    writer.write_eof()
+    async with asyncio.timeout(SOON_S):
+        said = await reader.read()
+    writer.close()
+    assert said.startswith(b"HTTP/1.1 400 "), said
+    assert b"several Host headers" in said
 
 
 async def test_ports_that_are_not_public(shown: Shown) -> None:
@@ -196,7 +243,9 @@ async def test_nothing_is_public_but_below_the_domain(shown: Shown) -> None:
         good = {**named, TOKEN: box.told["trafficAccessToken"]}
         answer = await client.get(url, headers=good)
         assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
-        # Nothing of a guest's stays under the platform's own name.
+        # The cookies of the platform's own name are not the guest's, and none of its own stays.
+        head = (await client.get(url, headers={**good, "Cookie": "a=1"})).json()["head"]
+        assert "a=1" not in head
         answer = await client.get(f"{url}cookies", headers=good)
         assert "set-cookie" not in answer.headers
     # Sandboxes of the other API are not public at all.

@@ -33,6 +33,7 @@ from sandyard.server.front.answer import TUNNEL, ProxyAnswer
 from sandyard.server.front.exchange import BrokenOffError, GoneError, HungUpError
 from sandyard.server.front.face import EdgeServices
 from sandyard.server.front.proxy import Passage, UnsendableError, pass_on, tunnel
+from sandyard.server.front.sessions import has_session
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.services import Services
 
@@ -41,6 +42,10 @@ log = logging.getLogger(__name__)
 INTERPRETER_PORT: Final = 49999
 _INTERPRETER_START_S: Final = 30.0
 """How long after its start a sandbox's closed interpreter port is dialed again."""
+_CLOSED_S: Final = 1.0
+"""How long any closed port is dialed again."""
+_RESUMED_S: Final = 15.0
+"""How long after a resume."""
 _DIAL_PERIOD_S: Final = 0.2
 _TOKEN = b"e2b-traffic-access-token"
 _OURS = frozenset(
@@ -104,7 +109,9 @@ class PortApp:
         sandbox = await awake(services, actor, sandbox)
         if not is_guests_port(target.port):
             raise _ClosedError
-        passage, dialing = _passage(scope, sandbox, target), self._dial(actor, sandbox, target)
+        strips = await has_session(scope["headers"], self._edge.credentials)
+        passage = _passage(scope, sandbox, target, strips_authorization=strips)
+        dialing = self._dial(actor, target)
         if scope["type"] == TUNNEL:
             await tunnel(scope, passage, dialing, answer, services.clock)
         else:
@@ -132,10 +139,9 @@ class PortApp:
         )
 
     @asynccontextmanager
-    async def _dial(
-        self, actor: Actor, sandbox: Sandbox, target: Target
-    ) -> AsyncIterator[ByteStream]:
-        is_open = False
+    async def _dial(self, actor: Actor, target: Target) -> AsyncIterator[ByteStream]:
+        clock, is_open = self._services.clock, False
+        until: float | None = None
         while True:
             try:
                 dialing = self._services.previews.dial(actor, target.sandbox_id, target.port)
@@ -146,17 +152,26 @@ class PortApp:
             except GuestNotFoundError as error:
                 if is_open:
                     raise
-                if not self._may_be_starting(sandbox, target):
+                if until is None:
+                    until = clock.monotonic() + await self._patience_s(actor, target)
+                if clock.monotonic() >= until:
                     raise _ClosedError from error
-            await self._services.clock.sleep(_DIAL_PERIOD_S)
+            await clock.sleep(_DIAL_PERIOD_S)
 
-    def _may_be_starting(self, sandbox: Sandbox, target: Target) -> bool:
-        """Tell whether the code interpreter may still start: it is warm in a machine of the pool,
-        and its clients expect that of every sandbox."""
-        if target.port != INTERPRETER_PORT or sandbox.started_at is None:
-            return False
-        running_s = (self._services.clock.now() - sandbox.started_at).total_seconds()
-        return running_s < _INTERPRETER_START_S
+    async def _patience_s(self, actor: Actor, target: Target) -> float:
+        """Return how long a closed port is dialed again: briefly, as at E2B; longer after a resume,
+        because what was about to listen at the pause continues; and the code interpreter's for as
+        long as it may start, because its clients expect it in every sandbox."""
+        # As it is now: dialing may have resumed it.
+        sandbox = await self._services.sandboxes.get(
+            actor, target.sandbox_id, scope="sandbox:write"
+        )
+        if sandbox.started_at is None:
+            return _CLOSED_S
+        ran_s = (self._services.clock.now() - sandbox.started_at).total_seconds()
+        after_s = _RESUMED_S if sandbox.incarnation > 1 else 0.0
+        starts_s = _INTERPRETER_START_S if target.port == INTERPRETER_PORT else after_s
+        return max(_CLOSED_S, starts_s - ran_s)
 
 
 def _refusal(target: Target, error: Exception) -> Response:
@@ -178,7 +193,9 @@ async def _refuse(scope: Scope, answer: ProxyAnswer, refusal: Response) -> None:
     await answer.end()
 
 
-def _passage(scope: Scope, sandbox: Sandbox, target: Target) -> Passage:
+def _passage(
+    scope: Scope, sandbox: Sandbox, target: Target, *, strips_authorization: bool
+) -> Passage:
     """Return how a request is passed on: with the client's Host, as it is at E2B."""
     path, query = bytes(scope.get("raw_path") or b"/"), bytes(scope.get("query_string") or b"")
     client: tuple[str, int] = scope.get("client") or ("unknown", 0)
@@ -190,7 +207,7 @@ def _passage(scope: Scope, sandbox: Sandbox, target: Target) -> Passage:
         client=client[0],
         scheme=scheme,
         query_token="",
-        strips_authorization=False,
+        strips_authorization=strips_authorization,
     )
     host = (sandbox.port_host or "").replace("${PORT}", str(target.port)).encode()
     host = host or (h.first(scope["headers"], b"host") or "").encode("latin-1")
@@ -198,7 +215,8 @@ def _passage(scope: Scope, sandbox: Sandbox, target: Target) -> Passage:
     headers = [
         (name.title(), host if name == b"host" else value)
         for name, value in given
-        if name not in _OURS
+        # Cookies of the platform's own name are not the guest's.
+        if name not in _OURS and not (name == b"cookie" and target.host is None)
     ]
 
     if target.port == INTERPRETER_PORT:  # it gives them to code, by the names that E2B gives them

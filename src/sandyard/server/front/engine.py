@@ -349,7 +349,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(self.url) > LINE_MAX:
             self._too_much = _LONG_LINE
         # RFC 9112, 3.2.
-        elif self.parser.get_http_version() == "1.1" and not self._has_host():
+        elif (hosts := self._hosts()) > 1:
+            self._too_much = self._too_much or _SEVERAL_HOSTS
+        elif self.parser.get_http_version() == "1.1" and hosts == 0:
             self._too_much = self._too_much or _NO_HOST
         if self.transport.is_closing():
             return  # the answer before was the last
@@ -364,8 +366,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._body_bytes = self._body_bytes_before = self._between_bytes = 0
         self._waited_s = self._body_s = 0.0
 
-    def _has_host(self) -> bool:
-        return any(name == b"host" for name, _ in self.headers)
+    def _hosts(self) -> int:
+        return sum(name == b"host" for name, _ in self.headers)
 
     def on_body(self, body: bytes) -> None:
         """See httptools."""
@@ -787,6 +789,7 @@ async def _nothing(*_: object) -> Any:
 
 _LONG_LINE = (414, "uri_too_long", f"cannot take an address of over {LINE_MAX // 1024} KiB")
 _NO_HOST = (400, "bad_request", "cannot serve a request of HTTP/1.1 without a Host header")
+_SEVERAL_HOSTS = (400, "bad_request", "cannot serve a request with several Host headers")
 _LARGE_HEAD = (
     431,
     "headers_too_large",

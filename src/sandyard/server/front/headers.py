@@ -27,8 +27,9 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104 -
 _NO_TRAILERS = _HOP | frozenset(
     {
         b"authorization", b"clear-site-data", b"content-encoding", b"content-length",
-        b"content-type", b"cookie", b"date", b"expect", b"forwarded", b"host", b"location",
-        b"origin", b"referer", b"set-cookie", b"trailer", b"x-api-key", b"x-request-id",
+        b"content-type", b"cookie", b"date", b"e2b-traffic-access-token", b"expect",
+        b"forwarded", b"host", b"location", b"origin", b"referer", b"set-cookie", b"trailer",
+        b"x-access-token", b"x-api-key", b"x-request-id",
     }
 )  # fmt: skip
 """What may stand before a body only: how a message is framed, passed on, and who sends it

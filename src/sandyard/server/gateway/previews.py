@@ -30,6 +30,7 @@ from sandyard.server.front.exchange import GoneError, HungUpError
 from sandyard.server.front.face import EdgeServices
 from sandyard.server.front.hosts import PortName, name_of
 from sandyard.server.front.proxy import Passage, UnsendableError, pass_on, tunnel
+from sandyard.server.front.sessions import has_session
 from sandyard.server.gateway.error_page import Message
 from sandyard.server.gateway.refusals import (
     HUNG_UP,
@@ -156,7 +157,7 @@ class PreviewApp:
             raise
         if who.query_token is not None and _is_navigation(scope):
             raise await self._to_cookie(scope, name, query, who.query_token)
-        strips = who.by_credential or await self._is_session(headers)
+        strips = who.by_credential or await has_session(headers, self._edge.credentials)
         return _Guest(name, who.actor, query, who.check, strips_authorization=strips)
 
     async def _who(self, headers: h.Headers, name: PortName, token: str | None) -> "_Who":
@@ -194,26 +195,6 @@ class PreviewApp:
         """Return what verifies a token of a preview."""
         credential = PreviewToken(token, name.sandbox_id, name.port)
         return partial(self._edge.credentials.verify, credential)
-
-    async def _is_session(self, headers: h.Headers) -> bool:
-        """Tell whether a client sends a session of the platform's along, which is not the guest's
-        to know; tokens of other makers it may have."""
-        for name, value in headers:
-            text = value.decode("latin-1").strip()
-            if name == b"authorization":
-                kind, _, text = text.partition(" ")
-                text = text.strip() if kind.lower() == "bearer" else ""
-            elif name != b"x-api-key":
-                continue
-            if text.startswith("eyJ"):
-                try:
-                    await self._edge.credentials.verify(Token(text))
-                except (InvalidTokenError, TokenExpiredError):
-                    continue
-                except SandyardError:
-                    return True  # one that cannot be told now is not sent on
-                return True
-        return False
 
     async def _by_cookie(self, headers: h.Headers, name: PortName) -> str | None:
         """Return the token in a browser's cookie, if there is one that lets it in."""

@@ -7,7 +7,9 @@ from typing import Final
 
 from sandyard.server.core import ops
 from sandyard.server.core.connect import Code, ConnectError, Fields, encode_data
+from sandyard.server.core.errors import ConflictError
 from sandyard.server.core.ops import Program, Size
+from sandyard.server.core.wire import Refusal
 from sandyard.server.e2b.envd.box import Box
 from sandyard.server.e2b.envd.calls import (
     Call,
@@ -19,6 +21,7 @@ from sandyard.server.e2b.envd.calls import (
     unary,
     until_deadline,
 )
+from sandyard.server.e2b.errors import message_of
 from sandyard.server.service.sandboxes.processes import (
     INPUT_MAX,
     TAG_MAX,
@@ -128,7 +131,8 @@ async def _update(box: Box, message: Fields) -> Message:
     """Change the size of a terminal."""
     which, size = _which(message), _size_of(message)
     if size is not None:
-        await box.services.processes.resize(box.actor, box.id, which, size)
+        async with _there(box, which):
+            await box.services.processes.resize(box.actor, box.id, which, size)
     return {}
 
 
@@ -154,7 +158,9 @@ async def _stream_input(box: Box, messages: AsyncIterator[Fields]) -> Message:
 
 async def _close_stdin(box: Box, message: Fields) -> Message:
     """Close the input of a process."""
-    await box.services.processes.write(box.actor, box.id, _which(message), b"", closes=True)
+    which = _which(message)
+    async with _there(box, which):
+        await box.services.processes.write(box.actor, box.id, which, b"", closes=True)
     return {}
 
 
@@ -163,21 +169,45 @@ async def _send_signal(box: Box, message: Fields) -> Message:
     name = message.choice("signal", _SIGNALS, "SIGNAL_UNSPECIFIED")
     if name == "SIGNAL_UNSPECIFIED":
         raise ConnectError(Code.INVALID_ARGUMENT, "signal is missing")
-    await box.services.processes.signal(
-        box.actor,
-        box.id,
-        _which(message),
-        name.removeprefix("SIGNAL_"),
-        everything=name == "SIGNAL_SIGKILL",
-    )
+    which = _which(message)
+    async with _there(box, which, is_certain=True):
+        await box.services.processes.signal(
+            box.actor,
+            box.id,
+            which,
+            name.removeprefix("SIGNAL_"),
+            everything=name == "SIGNAL_SIGKILL",
+        )
     return {}
+
+
+@asynccontextmanager
+async def _there(box: Box, which: Which, *, is_certain: bool = False) -> AsyncIterator[None]:
+    """Use a process during the block. One that has ended is not found, as at E2B.
+
+    If it `is_certain`, a conflict with the process can mean nothing else; otherwise the process
+    may lack an input or a terminal.
+    """
+    try:
+        yield
+    except ConflictError as error:
+        if error.facts.get("reason") != Refusal.CONFLICT.value:
+            raise
+        if not is_certain:
+            found = await box.services.processes.get(box.actor, box.id, which)
+            if found.end is None:
+                raise
+        raise ConnectError(Code.NOT_FOUND, message_of(error)) from error
 
 
 async def _write(box: Box, which: Which, data: bytes) -> None:
     """Write all of it, for as long as the process reads."""
     while True:
         piece = data[:INPUT_MAX]
-        count, _ = await box.services.processes.write(box.actor, box.id, which, piece, closes=False)
+        async with _there(box, which):
+            count, _ = await box.services.processes.write(
+                box.actor, box.id, which, piece, closes=False
+            )
         data = data[count:]
         if not data:
             return
