@@ -92,12 +92,13 @@ from sandyard.server.links.sql import store as store_module
 from sandyard.server.links.sql.migrate import schema_of
 from sandyard.server.links.sql.prepared import SQLITE, Prepared, Values
 from sandyard.server.links.sql.store import POSTGRES, PostgresStore
+from sandyard.server.links.sql.tables import metadata
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.people.organizations import SignUp
 
 NOW = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 KEY = b"k" * 32
-NEWEST, FIRST_FLOOR = "0023", "0016"
+NEWEST, FIRST_FLOOR = "0025", "0016"
 PING_S = store_module._PING_S
 ORG, OTHER = new_uuid(), new_uuid()
 USER, PROJECT = new_uuid(), new_uuid()

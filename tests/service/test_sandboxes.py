@@ -245,6 +245,16 @@ async def test_a_sandbox_in_error_comes_back_from_its_disk(desk: Desk) -> None:
 # --- delete -------------------------------------------------------------------------------------
 
 
+async def test_a_destroyed_sandbox_keeps_no_secrets(desk: Desk) -> None:
+    literal = Policy(inject=(Injection("a.test", {"Authorization": "Bearer literal"}),))
+    box = await desk.create(env={"KEY": "secret"}, root_password="long enough", network=literal)
+    assert box.root_password_hash is not None
+    await desk.services.sandboxes.delete(desk.actor, box.id, wait=True)
+    gone = await desk.get(box)
+    assert (gone.status, gone.env, gone.root_password_hash) == (Status.DESTROYED, {}, None)
+    assert gone.network == literal.bare or gone.network.inject == literal.bare.inject
+
+
 @pytest.mark.parametrize("how", ["running", "paused", "creating", "error", "failed"])
 async def test_a_delete_works_from_every_status(desk: Desk, how: str) -> None:
     service = desk.services.sandboxes
@@ -838,6 +848,15 @@ async def test_secrets_are_used_by_those_who_may(desk: Desk) -> None:
     ):
         with pytest.raises(PermissionDeniedError):
             await work
+    # Rules that come with something else need the scope, too.
+    injects = await desk.create(network=INJECTED)
+    shot = await desk.services.snapshots.create(desk.actor, injects.id, None)
+    with pytest.raises(PermissionDeniedError, match="secret:use"):
+        await desk.services.creation.create(may_not, NewSandbox(None, snapshot=shot.id))
+    with pytest.raises(PermissionDeniedError, match="secret:use"):
+        await desk.services.snapshots.fork(may_not, injects.id, 1)
+    wish = NewSandbox(None, snapshot=shot.id, network=NO_RULES)
+    assert (await desk.services.creation.create(may_not, wish)).network == NO_RULES
     stranger = replace(desk.actor, org_id=new_uuid())
     assert await desk.services.secrets.every(stranger) == []
     with pytest.raises(NotFoundError):

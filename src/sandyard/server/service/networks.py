@@ -44,9 +44,8 @@ class Networks:
             PermissionDeniedError: they name secrets, and the actor may use none.
         """
         policy = checked(policy)
-        wanted = names_in(policy)
-        if wanted:
-            actor.require("secret:use")
+        check_use(actor, policy)
+        if names_in(policy):
             known = await self._secrets(actor.org_id)
             values = {one.name: one.value for one in known.values()}
             size = 0
@@ -104,6 +103,16 @@ class Networks:
                     found = {"certificate": certificate, "key": key, "hash": name_hash}
                     await tx.secrets.add(row, found)
         return found["certificate"], found["key"], found["hash"]
+
+
+def check_use(actor: Actor, policy: Policy) -> None:
+    """Return if an actor may use the secrets that rules name.
+
+    Raises:
+        PermissionDeniedError: they name some, and the actor may use none.
+    """
+    if names_in(policy):
+        actor.require("secret:use")
 
 
 def names_in(policy: Policy) -> frozenset[str]:

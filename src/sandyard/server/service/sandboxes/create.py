@@ -13,6 +13,7 @@ from sandyard.server.core.records import Claim, Mount, Sandbox, Snapshot
 from sandyard.server.core.shapes import Shape, shape_of
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.networks import check_use
 from sandyard.server.service.placement import Placed
 from sandyard.server.service.repeats import Repeatable
 from sandyard.server.service.sandboxes.fields import (
@@ -205,6 +206,9 @@ class Creation:
                 await project_of(tx, actor, wish.project_id)
         keys = await self._ssh_keys.resolve(actor, wish.ssh_keys)
         snapshot, template, shape = await self._source(actor, wish)
+        if network is None:
+            network = NO_RULES if snapshot is None else snapshot.network
+            check_use(actor, network)
         self._quota.check_shape(actor, shape)
         mounts = await self._mounts(actor, wish, snapshot)
         password_hash = None if password is None else await self._hash_password(password)
@@ -240,7 +244,7 @@ class Creation:
             keeps_memory=wish.keeps_memory,
             public_ports=wish.public_ports,
             port_host=wish.port_host,
-            network=network or (snapshot.network if snapshot is not None else NO_RULES),
+            network=network,
             node_id=placed.node_id,
             from_snapshot_id=snapshot.id if snapshot else None,
             from_snapshot_incarnation=1 if snapshot else 0,

@@ -111,6 +111,8 @@ class Lifecycle:
         if used is not None:
             changed = replace(changed, last_activity_at=now, last_activity_kind=used)
         changed = with_end(changed, now)
+        if event is Event.GONE:
+            changed = _without_secrets(changed)
         effects = _effects(sandbox, changed, actor, ended_at)
         if sandbox.from_disk_incarnation == NEXT_START:
             changed = _after_boot(changed, event)
@@ -213,6 +215,11 @@ async def _meter_saved(tx: Transaction, before: Sandbox, after: Sandbox) -> None
         )
     elif was and not is_now:
         await tx.storage.close("sandbox", after.id, now)
+
+
+def _without_secrets(sandbox: Sandbox) -> Sandbox:
+    """Return a destroyed sandbox without what only its machine needed."""
+    return replace(sandbox, env={}, root_password_hash=None, network=sandbox.network.bare)
 
 
 def with_end(sandbox: Sandbox, now: datetime) -> Sandbox:

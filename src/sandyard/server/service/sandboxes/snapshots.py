@@ -36,6 +36,7 @@ from sandyard.server.core.records import Activity, Claim, Sandbox, Snapshot, Sto
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
+from sandyard.server.service.networks import check_use
 from sandyard.server.service.nodes import believed_bytes
 from sandyard.server.service.repeats import Repeatable
 from sandyard.server.service.sandboxes.lifecycle import refusal
@@ -310,6 +311,7 @@ class Snapshots:
                     await _check_free(tx, actor, names)
                 await self._placement.choose_for(snapshot, source.shape, count=count)
                 checked_mounts(actor, source.mounts)
+                check_use(actor, source.network)
                 forks = [self._fork_of(actor, source, snapshot, one, expires_in) for one in names]
                 noted = (snapshot.id, *(one.id for one in forks))
                 async with self._store.write(actor.org_id) as tx:
