@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sandyard.server.app.doctor import contents
 from sandyard.server.core.copies import CopiedFile, Copy, ReadCopy, WriteCopy
 from sandyard.server.core.errors import (
     ConflictError,
@@ -20,7 +21,7 @@ from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
 from sandyard.server.node.images.copies import opened_copy
 from sandyard.server.node.images.definitions import Definition, Source
-from sandyard.server.node.images.image import ROOTS, write_manifest
+from sandyard.server.node.images.image import ROOTS, sum_of, write_manifest
 from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.versions import Versions
 
@@ -44,13 +45,14 @@ def node(folder: Path) -> Images:
     )
 
 
-def built(images: Images, digest: str = "one") -> str:
+def built(images: Images, digest: str = "one", *, has_sums: bool = True) -> str:
     """Have a node build its template, and return the digest."""
     folder = images.images_dir / digest
     folder.mkdir(parents=True)
     for name in (*ROOTS, "vmlinuz", "initrd"):
         (folder / name).write_bytes(f"{digest} {name}".encode() + bytes(300_000) + b"!")
-    write_manifest(folder, os="X", size_bytes=1, inputs={"toolsRecipe": "3"})
+    sums = {path.name: sum_of(path) for path in folder.iterdir()} if has_sums else None
+    write_manifest(folder, os="X", size_bytes=1, inputs={"toolsRecipe": "3"}, sums=sums)
     images.use("base", digest)
     return digest
 
@@ -222,3 +224,59 @@ async def test_a_copy_whose_sender_leaves_is_nothing(tmp_path: Path) -> None:
         await opened.stream.write(data[:100_000])
     assert list(there.images_dir.iterdir()) == []
     assert there.facts()[0].status.value == "pending"
+
+
+# --- what is altered ------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+async def test_a_template_that_was_altered_does_not_spread(tmp_path: Path) -> None:
+    here, there = node(tmp_path / "here"), node(tmp_path / "there")
+    digest = built(here)
+    assert [one.level for one in contents(here)] == ["ok"]
+    flip(here.images_dir / digest / "root.erofs")
+    copy, data = await read(here, "base")
+    with pytest.raises(DamagedError, match=r"root\.erofs is not as it was built"):
+        await write(there, copy, data)
+    assert there.current("base") is None
+    assert list(there.images_dir.iterdir()) == []
+    (finding,) = contents(here)
+    assert finding.level == "bad"
+    assert "root.erofs" in finding.what
+    assert "--again" in (finding.mend or "")
+
+
+async def test_a_template_that_is_altered_on_its_way_is_refused(tmp_path: Path) -> None:
+    here, there = node(tmp_path / "here"), node(tmp_path / "there")
+    built(here)
+    copy, data = await read(here, "base")
+    altered = bytearray(data)
+    altered[-1000] ^= 1
+    with pytest.raises(DamagedError, match="not as it was built"):
+        await write(there, copy, bytes(altered))
+
+
+async def test_a_template_of_an_earlier_version_is_copied_as_it_is(tmp_path: Path) -> None:
+    here, there = node(tmp_path / "here"), node(tmp_path / "there")
+    built(here, has_sums=False)
+    copy, data = await read(here, "base")
+    assert await write(there, copy, data)
+    (finding,) = contents(there)
+    assert finding.level == "note"
+
+
+async def test_a_version_that_was_altered_is_found(tmp_path: Path) -> None:
+    here = node(tmp_path / "here")
+    name = await kept(here)
+    assert here.versions.altered() == []
+    digest = name.partition("@")[2]
+    flip(here.versions.folder / digest / "root.erofs")
+    assert here.versions.altered() == [digest]
+    (finding,) = contents(here)
+    assert (finding.level, digest in finding.what) == ("bad", True)

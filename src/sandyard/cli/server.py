@@ -151,10 +151,14 @@ def stop(
         typer.echo("remove them too with: scripts/down --all")
 
 
-def doctor() -> None:
+def doctor(
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read all files of templates, and verify them.")
+    ] = False,
+) -> None:
     """Check this host: list each problem and the command that fixes it."""
     settings = server_settings()
-    _show(asyncio.run(server_module("doctor").collect(settings)))
+    _show(asyncio.run(server_module("doctor").collect(settings, deep=deep)))
 
 
 def upgrade(

@@ -37,8 +37,11 @@ from sandyard.server.node.host.identity import Identity
 from sandyard.server.node.host.network import host_routes, host_ruleset
 from sandyard.server.node.host.paths import closed_component, refusal
 from sandyard.server.node.images.definitions import arguments_for
+from sandyard.server.node.images.image import altered_in
+from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.kernel import own_kernel
 from sandyard.server.node.machines.saved import needs_of
+from sandyard.server.tasks import in_thread
 
 _TOOLS = {
     "ip": "iproute2",
@@ -60,8 +63,9 @@ _LIMIT_S = 20.0
 _SECRET = re.compile(r"://[^/@\s]+:[^/@\s]+@|^\s*\w*(secret|token|password)\w*\s*=", re.M)
 
 
-async def examine(settings: Settings) -> AsyncIterator[Finding]:
-    """Check everything, in the order in which problems would appear."""
+async def examine(settings: Settings, *, deep: bool = False) -> AsyncIterator[Finding]:
+    """Check everything, in the order in which problems would appear; with `deep`, read all files of
+    templates, too."""
     if os.geteuid() != 0:
         yield Finding("bad", "not running as root", "run it with sudo")
         return
@@ -73,7 +77,7 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         for finding in _room(settings):
             yield finding
     else:
-        async for finding in _examine_host(settings):
+        async for finding in _examine_host(settings, deep=deep):
             yield finding
     async for finding in examine_links(settings):
         yield finding
@@ -99,7 +103,7 @@ def _config(settings: Settings) -> Finding | None:
     )
 
 
-async def _examine_host(settings: Settings) -> AsyncIterator[Finding]:
+async def _examine_host(settings: Settings, *, deep: bool) -> AsyncIterator[Finding]:
     """Check what a host needs to start machines."""
     yield _tun()
     for tool, package in _TOOLS.items():
@@ -121,7 +125,7 @@ async def _examine_host(settings: Settings) -> AsyncIterator[Finding]:
         yield finding
     async for finding in _drivers(settings):
         yield finding
-    for finding in _templates(settings):
+    for finding in await in_thread(_templates, settings, deep=deep):
         yield finding
     async for finding in examine_saved_machines(settings):
         yield finding
@@ -407,9 +411,10 @@ async def _is_installed(driver: Driver) -> bool:
     return True
 
 
-def _templates(settings: Settings) -> list[Finding]:
-    findings = []
-    for fact in images_of(settings).facts():
+def _templates(settings: Settings, *, deep: bool) -> list[Finding]:
+    images = images_of(settings)
+    findings = contents(images) if deep else []
+    for fact in images.facts():
         if fact.status is TemplateStatus.READY:
             findings.append(Finding("ok", f"the template {fact.slug} is built ({fact.os})"))
         else:
@@ -424,9 +429,48 @@ def _templates(settings: Settings) -> list[Finding]:
     return findings
 
 
-async def collect(settings: Settings) -> list[Finding]:
-    """Return all findings at once."""
-    return [finding async for finding in examine(settings)]
+def contents(images: Images) -> list[Finding]:
+    """Say which templates are not as they were built; reads all of their files."""
+    findings = []
+    for slug in images.definitions:
+        image = images.current(slug)
+        if image is None:
+            continue
+        if not image.sums:
+            findings.append(
+                Finding(
+                    "note",
+                    f"the files of the template {slug} cannot be verified: an earlier version of "
+                    "Sandyard built it",
+                    f"sandyard template build {slug} --again",
+                )
+            )
+        elif altered := altered_in(image):
+            findings.append(
+                Finding(
+                    "bad",
+                    f"the template {slug} is not as it was built: {', '.join(altered)} in "
+                    f"{image.folder} was altered",
+                    f"sandyard template build {slug} --again",
+                )
+            )
+        else:
+            findings.append(Finding("ok", f"all files of the template {slug} are as built"))
+    findings += [
+        Finding(
+            "bad",
+            f"the version {digest} of an organization's template was altered",
+            f"stop the server, remove {images.versions.folder / digest} and start it: with several "
+            "hosts it is copied again, otherwise build it again",
+        )
+        for digest in images.versions.altered()
+    ]
+    return findings
+
+
+async def collect(settings: Settings, *, deep: bool = False) -> list[Finding]:
+    """Return all findings at once; see `examine`."""
+    return [finding async for finding in examine(settings, deep=deep)]
 
 
 __all__ = ["Finding", "collect", "examine"]

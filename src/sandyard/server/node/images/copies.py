@@ -4,8 +4,9 @@ import asyncio
 import errno
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -129,13 +130,17 @@ async def _keep_image(images: Images, copy: Copy, incoming: "_Incoming") -> None
         try:
             made.mkdir()
             made.chmod(0o755)
+            sums: dict[str, str] = {}
             for one in copy.files:
+                digest = sha256()
                 with (made / one.name).open("xb") as file:
                     async for piece in incoming.pieces(one):
+                        digest.update(piece)
                         await in_thread(write_sparse, file.fileno(), piece)
                     os.truncate(file.fileno(), one.size_bytes)
                 (made / one.name).chmod(0o444)
-            _check_image(made, copy.name)
+                sums[one.name] = digest.hexdigest()
+            _check_image(made, copy.name, sums)
             await run(["sync", "-f", made], limit_s=_SYNC_LIMIT_S)
             if images.find(copy.digest) is None:
                 made.rename(images.images_dir / copy.digest)
@@ -143,8 +148,9 @@ async def _keep_image(images: Images, copy: Copy, incoming: "_Incoming") -> None
             await in_thread(stack.close)
 
 
-def _check_image(folder: Path, name: str) -> None:
-    """Refuse what no node could use, or that would keep this one from reporting its templates.
+def _check_image(folder: Path, name: str, sums: Mapping[str, str]) -> None:
+    """Refuse what no node could use, what is not as it was built, and what would keep this node
+    from reporting its templates. `sums` are the SHA-256 of the files.
 
     Raises:
         DamagedError: it is damaged.
@@ -160,9 +166,19 @@ def _check_image(folder: Path, name: str) -> None:
         or not isinstance(image.inputs, dict)
         or not all(isinstance(one, str) for one in (image.os, *image.inputs.values()))
         or not isinstance(image.size_bytes, int)
+        or not isinstance(image.sums, dict)
         or not all(one.is_file() for one in image.files)
     ):
         raise DamagedError(f"cannot keep a copy of {name}: it is not a whole image")
+    files = {one.name for one in image.files} & image.sums.keys()
+    if image.sums and len(files) < len(image.files) - 1:
+        raise DamagedError(f"cannot keep a copy of {name}: its manifest lacks a file")
+    for one in sorted(files):
+        if sums[one] != image.sums[one]:
+            raise DamagedError(
+                f"cannot keep a copy of {name}: {one} is not as it was built; run `sandyard doctor "
+                "--deep` on the host that it comes from"
+            )
 
 
 class _Incoming:

@@ -1,8 +1,9 @@
 """A bootable image: a folder with everything that its machines share."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ class Image:
     inputs: Mapping[str, str]
     has_acpi: bool = True
     """Whether its kernel finds devices by ACPI."""
+    sums: Mapping[str, str] = field(default_factory=dict)
+    """The SHA-256 of each file but the manifest; images of earlier versions have none."""
 
     @property
     def arguments(self) -> str:
@@ -60,8 +63,27 @@ class Image:
         return self.folder / "initrd"
 
 
+def sum_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def altered_in(image: Image) -> list[str]:
+    """Return the names of an image's files that are not as they were built; reads all of them.
+    Nothing is known of images of earlier versions."""
+    files = [one for one in image.files if one.name != _MANIFEST]
+    return [one.name for one in files if image.sums and image.sums.get(one.name) != sum_of(one)]
+
+
 def write_manifest(
-    folder: Path, *, os: str, size_bytes: int, inputs: Mapping[str, str], has_acpi: bool = True
+    folder: Path,
+    *,
+    os: str,
+    size_bytes: int,
+    inputs: Mapping[str, str],
+    has_acpi: bool = True,
+    sums: Mapping[str, str] | None = None,
 ) -> None:
     """Write the manifest that makes a folder an image."""
     (folder / _MANIFEST).write_text(
@@ -72,6 +94,7 @@ def write_manifest(
                 "createdAt": datetime.now(UTC).isoformat(),
                 "inputs": dict(inputs),
                 "hasAcpi": has_acpi,
+                "sums": dict(sums or {}),
             },
             indent=1,
         )
@@ -100,4 +123,5 @@ def read_image(folder: Path, load: Callable[[Path], Any] = _load) -> Image | Non
         created_at=datetime.fromisoformat(manifest["createdAt"]),
         inputs=manifest["inputs"],
         has_acpi=manifest.get("hasAcpi", True),
+        sums=manifest.get("sums", {}),
     )

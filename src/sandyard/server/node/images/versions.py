@@ -25,7 +25,7 @@ from sandyard.server.core.errors import DamagedError, InvalidArgumentError, NoCa
 from sandyard.server.core.records import VersionAbout
 from sandyard.server.drivers.sparse import link_or_copy, write_sparse
 from sandyard.server.node.images.definitions import Definition, Source
-from sandyard.server.node.images.image import ROOTS, Image, read_image, write_manifest
+from sandyard.server.node.images.image import ROOTS, Image, read_image, sum_of, write_manifest
 from sandyard.server.tasks import in_thread
 
 _MAGIC = b"\xe2\xe1\xf5\xe0"  # of EROFS, at byte 1024 (kernel documentation, "EROFS")
@@ -38,20 +38,21 @@ class Versions:
     """The versions under one folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
+        """Where they are, each in a folder that is named by its digest."""
         self._known: dict[str, Definition] = {}
         self._making = threading.Lock()
 
     @property
     def images_dir(self) -> Path:
         """The folder of the images that were made of versions."""
-        return self._folder / "images"
+        return self.folder / "images"
 
     def names(self, build_id: str | None = None) -> list[str]:
         """Return the names of all versions (`contracts.node.version_name`), or of those of one
         build."""
         found = []
-        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path == self.images_dir or path.name.startswith("."):
                 continue
             definition = self._definition(path.name)
@@ -70,7 +71,7 @@ class Versions:
         if known is not None:
             return known
         try:
-            told = json.loads((self._folder / digest / _ABOUT).read_text())
+            told = json.loads((self.folder / digest / _ABOUT).read_text())
             about = decode(VersionAbout, told["about"])
         except (OSError, ValueError, KeyError, CodecError):
             return None
@@ -92,7 +93,7 @@ class Versions:
         return found
 
     def _make_image(self, definition: Definition, runtime: Image, digest: str) -> None:
-        version = self._folder / definition.digest
+        version = self.folder / definition.digest
         self.images_dir.mkdir(mode=0o711, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=_PART, dir=self.images_dir))
         try:
@@ -138,8 +139,8 @@ class Versions:
     ) -> VersionFact:
         """Keep a root file system. `about` is a `VersionAbout` as JSON has it; with a `name`, what
         results must have that."""
-        self._folder.mkdir(mode=0o711, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=_PART, dir=self._folder))
+        self.folder.mkdir(mode=0o711, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=_PART, dir=self.folder))
         try:
             root = part / _ROOT
             content, size, head = sha256(), 0, b""
@@ -162,7 +163,7 @@ class Versions:
                 os.truncate(file.fileno(), size)
                 await in_thread(os.fsync, file.fileno())
             told = {"about": about, "root": content.hexdigest()}
-            digest = sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+            digest = _name_of(told)
             if name not in (None, version_name(slug, digest)):
                 raise DamagedError(f"cannot keep a copy of {name}: its contents differ")
             about_file = part / _ABOUT
@@ -171,9 +172,9 @@ class Versions:
             root.chmod(0o444)
             part.chmod(0o711)
             await in_thread(_sync, about_file, part)
-            if not (self._folder / digest).exists():
-                part.rename(self._folder / digest)
-                await in_thread(_sync, self._folder)
+            if not (self.folder / digest).exists():
+                part.rename(self.folder / digest)
+                await in_thread(_sync, self.folder)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoCapacityError(
@@ -189,8 +190,22 @@ class Versions:
         definition = self.definition(name)
         if definition is None:
             return None
-        folder = self._folder / definition.digest
+        folder = self.folder / definition.digest
         return folder / _ABOUT, folder / _ROOT
+
+    def altered(self) -> list[str]:
+        """Return the names of the versions here whose files are not what their digests say; reads
+        all of them."""
+        found = []
+        for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            try:
+                told = json.loads((folder / _ABOUT).read_text())
+                is_whole = _name_of(told) == folder.name and sum_of(folder / _ROOT) == told["root"]
+            except (OSError, ValueError, KeyError, TypeError):
+                is_whole = not (folder / _ABOUT).exists()  # unfinished; it is removed at a start
+            if not is_whole:
+                found.append(folder.name)
+        return found
 
     async def keep_copy(
         self, name: str, about: bytes, pieces: AsyncIterator[bytes], *, size_bytes: int
@@ -215,7 +230,7 @@ class Versions:
         definition = self.definition(name)
         if definition is not None:
             self._known.pop(definition.digest, None)
-            shutil.rmtree(self._folder / definition.digest, ignore_errors=True)
+            shutil.rmtree(self.folder / definition.digest, ignore_errors=True)
 
     def drop_images(self, needed: Callable[[], set[str]], runtime: str) -> None:
         """Remove images whose version is gone or that have another runtime, except those
@@ -233,7 +248,7 @@ class Versions:
 
     def sweep(self) -> None:
         """Remove what killed processes left; call it before anything is kept."""
-        for folder in (self._folder, self.images_dir):
+        for folder in (self.folder, self.images_dir):
             for path in list(folder.glob(f"{_PART}*")):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -267,3 +282,8 @@ def _sync(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _name_of(told: object) -> str:
+    """Return the digest by which a version is known: of its settings and its root's digest."""
+    return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
