@@ -142,7 +142,7 @@ async def test_input_and_its_end(box: Box) -> None:
     assert (await box.call(f"{PROCESS}/CloseStdin", which)).json() == {}
     events, end = await followed
     assert end == {}
-    assert events[0]["event"]["start"]["pid"] == pid
+    assert events[0]["start"]["pid"] == pid
     assert events[-1]["event"]["end"]["exitCode"] == 0
     again, _ = await box.stream(f"{PROCESS}/Connect", which)  # its end is kept
     assert [list(one["event"]) for one in again] == [["start"], ["end"]]
@@ -211,7 +211,7 @@ async def test_what_cannot_be_started_is_refused(
 @pytest.mark.parametrize("method", ["SendInput", "SendSignal", "CloseStdin", "Update"])
 async def test_a_process_that_has_ended_is_not_found(box: Box, method: str) -> None:
     events, _ = await box.run("echo", "hello")
-    pid = next(one["event"]["start"]["pid"] for one in events if "start" in one["event"])
+    pid = events[0]["start"]["pid"]
     message = {
         "process": {"pid": pid}, "input": {"stdin": "YQ=="}, "signal": "SIGNAL_SIGKILL",
         "pty": {"size": {"cols": 1, "rows": 1}},

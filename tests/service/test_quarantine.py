@@ -11,14 +11,16 @@ from tests.support.nodes import Machine
 
 from sandyard.server.core.contracts.node import Phase, SnapshotFact
 from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.egress import NO_RULES, NOTHING, Egress, Injection, Policy
 from sandyard.server.core.errors import (
     ConflictError,
     DamagedError,
     NoCapacityError,
     NotFoundError,
+    OtherVersionError,
     UnavailableError,
 )
-from sandyard.server.core.records import Quarantined, Sandbox, Snapshot
+from sandyard.server.core.records import Mount, Quarantined, Sandbox, Snapshot
 from sandyard.server.core.states import Status
 from sandyard.server.service.people.administration import Administration
 
@@ -52,6 +54,51 @@ async def names_of(desk: Desk) -> tuple[str, str]:
 
 async def quarantined(desk: Desk) -> list[Quarantined]:
     return await admin_of(desk).quarantine()
+
+
+async def test_an_adopted_sandbox_keeps_its_rules_and_mounts(desk: Desk) -> None:
+    owned = await desk.services.workspaces.create(desk.actor, "W")
+    mounts = (Mount(owned.workspace.id, "/workspace"),)
+    rules = Policy(
+        Egress.DENY, ("a.test", "b.test"), inject=(Injection("b.test", {"X": "literal"}),)
+    )
+    desk.back_up()
+    box = await desk.create(idle_timeout=0, network=rules, mounts=mounts)
+    newer = await desk.services.workspaces.create(desk.actor, "newer")
+    other = await desk.create(idle_timeout=0, mounts=(Mount(newer.workspace.id, "/workspace"),))
+    desk.restore()
+    await desk.drive(30)
+    adopted = await admin_of(desk).adopt(box.id, *await names_of(desk))
+    assert isinstance(adopted, Sandbox)
+    assert (adopted.network.egress, adopted.network.allow) == (rules.egress, rules.allow)
+    assert (adopted.network.inspect, adopted.network.inject) == (("b.test",), ())
+    assert adopted.mounts == mounts
+    assert adopted.reason is not None
+    assert "headers" in adopted.reason.message
+    _, using = await desk.services.workspaces.mounting(desk.actor, owned.workspace.id)
+    assert [one.id for one in using] == [box.id]
+    await desk.services.sandboxes.resume(desk.actor, box.id)
+    assert desk.machine(box).policy.allow == rules.allow
+    adopted = await admin_of(desk).adopt(other.id, *await names_of(desk))
+    assert isinstance(adopted, Sandbox)
+    assert (adopted.mounts, adopted.network) == ((), NO_RULES)
+    assert adopted.reason is not None
+    assert "1 of its workspaces" in adopted.reason.message
+
+
+async def test_a_sandbox_whose_rules_are_not_known_is_adopted_without_a_network(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuses(_: str) -> None:
+        raise OtherVersionError("the node is of an earlier version")
+
+    monkeypatch.setattr(desk.node, "find_machine", refuses)
+    (box,) = await strangers(desk, 1)
+    adopted = await admin_of(desk).adopt(box.id, *await names_of(desk))
+    assert isinstance(adopted, Sandbox)
+    assert adopted.network == NOTHING
+    assert adopted.reason is not None
+    assert "reaches nothing" in adopted.reason.message
 
 
 async def test_a_stranger_is_saved_kept_and_adopted(desk: Desk) -> None:

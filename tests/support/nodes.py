@@ -15,6 +15,7 @@ from sandyard.server.core.contracts.node import (
     ByteStream,
     Connection,
     GoldenFact,
+    MachineAbout,
     MachineFact,
     MachineRef,
     MachineWish,
@@ -43,7 +44,7 @@ from sandyard.server.core.errors import (
     error_of,
     kind_of,
 )
-from sandyard.server.core.records import VersionAbout
+from sandyard.server.core.records import Mount, VersionAbout
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.fake import ECHO_PORT
 from sandyard.server.node.generation import Generation
@@ -69,6 +70,7 @@ class Machine:
     end: ConflictError | None = None
     policy: Policy = NO_RULES
     credentials: Credentials | None = None
+    mounts: tuple[Mount, ...] = ()
 
     def break_off(self, message: str, status: str) -> None:
         """End what is under way in it."""
@@ -139,6 +141,9 @@ class FakeNode:
             }  # fmt: skip
             made = Machine(wish.incarnation, Phase.RUNNING, {**came, "hostname": wish.hostname})
             made.policy, made.credentials = wish.policy, wish.credentials
+            made.mounts = tuple(
+                Mount(one.workspace_id, one.path, one.read_only) for one in wish.mounts
+            )
             if machine is not None and machine.phase is Phase.DEAD:
                 made.remembers["way"] = Way.RESTART.value
             self.machines[wish.sandbox_id] = made
@@ -292,6 +297,15 @@ class FakeNode:
         """See core.contracts.node.NodeVersions.drop_version."""
         self._answer("drop_version")
         self.templates_ready = tuple(one for one in self.templates_ready if one != version)
+
+    async def find_machine(self, sandbox_id: str) -> MachineAbout:
+        """See core.contracts.node.NodeControl.find_machine."""
+        self._answer("find_machine")
+        machine = self.machines.get(sandbox_id)
+        if machine is None:
+            raise NotFoundError("cannot find the machine on this node")
+        version = self._versions.get(sandbox_id, 0)
+        return MachineAbout(machine.incarnation, version, machine.policy, machine.mounts)
 
     async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
         """See core.contracts.node.NodeControl.find_snapshot."""

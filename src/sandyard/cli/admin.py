@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sandyard.cli.output import show_table
+from sandyard.cli.output import plain, show_table
 from sandyard.cli.server import server_module, server_settings
 
 app = typer.Typer(
@@ -518,6 +518,9 @@ def adopt(
     """Make a machine a sandbox again, paused, which belongs to this user; or a snapshot one."""
     made = _do(lambda admin: admin.adopt(wanted, organization, who))
     out.print(f"{made.id} belongs to {who}")
+    reason = getattr(made, "reason", None)
+    if reason is not None:
+        out.print(plain(reason.message))
 
 
 @quarantine.command("delete")

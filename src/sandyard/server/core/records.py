@@ -157,7 +157,8 @@ class Quarantined:
 
     `id` is the sandbox's or the snapshot's, `phase` the machine's when it was last looked at. A
     snapshot has no incarnation and no version, and its size on disk. It is removed if it
-    `is_unwanted`. Without a `template` nothing is known of it.
+    `is_unwanted`. Without a `template` nothing is known of it. `network` has a machine's rules
+    without headers, or is None while they are not known.
     """
 
     id: str
@@ -172,6 +173,8 @@ class Quarantined:
     size_bytes: int = 0
     os: str | None = None
     is_unwanted: bool = False
+    network: Policy | None = None
+    mounts: tuple[Mount, ...] = ()
 
 
 @dataclass(frozen=True)

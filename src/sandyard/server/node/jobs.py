@@ -283,6 +283,7 @@ class Jobs:
                 await resident.saving.let_run()
                 await _woken(resident)
                 is_awake, way = True, Way.RESUME
+                await resident.unmount_others(wish)
                 await resident.mount_anew()
             await resident.trust_if_possible()
             # Not earlier: until it is usable, a repeated request must find the work undone.
@@ -309,9 +310,11 @@ class Jobs:
             await resident.end()  # in case something could not be released before
             state = await resident.saving.checked_state()
             async with self._restores.take(Rank.ASKED, wish.org_id):
-                await resident.process.bring_up(source=state.about)
+                mounts = {one.workspace_id for one in wish.mounts}
+                await resident.process.bring_up(source=state.about, mounts=mounts)
                 await _woken(resident)
                 is_awake = True
+                await resident.unmount_others(wish)
             await resident.trust_if_possible()
             await resident.mount_anew()
             resident.current.count_as(wish.incarnation)  # as above

@@ -13,10 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sandyard.server.core.codec import decode
+from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.contracts.node import (
     CONNECTIONS_MAX,
     Connection,
+    MachineAbout,
     MachineFact,
     MachineRef,
     MachineWish,
@@ -30,9 +31,9 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.copies import ReadCopy, WriteCopy
 from sandyard.server.core.egress import Credentials, Policy
-from sandyard.server.core.errors import ConflictError, NoCapacityError, SandyardError
+from sandyard.server.core.errors import ConflictError, DamagedError, NoCapacityError, SandyardError
 from sandyard.server.core.ops import AnswerT, Operation, Read
-from sandyard.server.core.records import VersionAbout
+from sandyard.server.core.records import Mount, VersionAbout
 from sandyard.server.core.shapes import Shape
 from sandyard.server.egress.journal import time_of
 from sandyard.server.node.agent import content_of
@@ -220,6 +221,24 @@ class Node:
             lines = lines[-CONNECTIONS_MAX:]
         found = (decode(Connection, one) for one in lines if since is None or time_of(one) > since)
         return tuple(islice(found, CONNECTIONS_MAX))
+
+    async def find_machine(self, sandbox_id: str) -> MachineAbout:
+        """See core.contracts.node.NodeControl.find_machine."""
+        owner = self._owners.get(sandbox_id)
+        if owner is None or owner.phase is None:
+            raise nothing_here(sandbox_id)
+        record = owner.resident.record
+        try:
+            policy, share = record.policy, record.share
+        except CodecError as error:
+            raise DamagedError(f"cannot read the record of {sandbox_id}: {error}") from error
+        mounts = () if share is None else share.mounts
+        return MachineAbout(
+            record.incarnation,
+            owner.version,
+            policy,
+            tuple(Mount(one.workspace_id, one.path, one.read_only) for one in mounts),
+        )
 
     async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
         """See core.contracts.node.NodeControl.find_snapshot."""

@@ -7,6 +7,7 @@ from typing import TypedDict, TypeVar
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
     Connection,
+    MachineAbout,
     MachineFact,
     MachineWish,
     NodeControl,
@@ -91,6 +92,10 @@ class PatientNode:
             ),
             **self._attention,
         )
+
+    async def find_machine(self, sandbox_id: str) -> MachineAbout:
+        """See NodeControl.find_machine."""
+        return await self._soon(self._node.find_machine(sandbox_id), _SHORT_S)
 
     async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
         """See NodeControl.find_snapshot."""

@@ -17,7 +17,7 @@ from typing import Final, Generic, Protocol, TypeVar
 from sandyard.server.core.codec import encode
 from sandyard.server.core.egress import NO_RULES, Credentials, Policy
 from sandyard.server.core.ops import AnswerT, Operation
-from sandyard.server.core.records import VersionAbout
+from sandyard.server.core.records import Mount, VersionAbout
 from sandyard.server.core.shapes import Shape
 
 _T = TypeVar("_T")
@@ -247,6 +247,17 @@ class GoldenFact:
 
 
 @dataclass(frozen=True)
+class MachineAbout:
+    """What a node has on record of a sandbox's machine: its network rules, without headers, and the
+    workspaces that it has mounted."""
+
+    incarnation: int
+    version: int
+    policy: Policy = NO_RULES
+    mounts: tuple[Mount, ...] = ()
+
+
+@dataclass(frozen=True)
 class NodeView:
     """The part of a node's report that is sent every second, for placement; see `NodeReport`.
 
@@ -418,6 +429,15 @@ class NodeControl(Protocol):
         """Return once the snapshot is complete; the machine continues as it was.
 
         Raises: see `ensure_paused`.
+        """
+        ...
+
+    async def find_machine(self, sandbox_id: str) -> MachineAbout:
+        """Return what the node has on record of a sandbox's machine.
+
+        Raises:
+            NotFoundError: it has no such machine.
+            DamagedError: its record cannot be read.
         """
         ...
 

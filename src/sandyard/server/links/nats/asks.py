@@ -84,6 +84,7 @@ ASKS: Final[Mapping[str, NodeMethod]] = {
         _ask(NodeVersions, "prepare_version"),
         _ask(NodeVersions, "drop_version"),
         _ask(NodeVersions, "drop_stages"),
+        _ask(NodeControl, "find_machine", is_wish=False),
         _ask(NodeControl, "find_snapshot", is_wish=False),
         _ask(NodeControl, "find_room", is_wish=False),
         _ask(NodeControl, "console", is_wish=False),

@@ -9,6 +9,7 @@ from typing import Any, Final
 from sandyard.server.core.codec import CodecError
 from sandyard.server.core.contracts.node import (
     Connection,
+    MachineAbout,
     MachineFact,
     MachineWish,
     NodeReport,
@@ -132,6 +133,11 @@ class RemoteNode:
             "connections", sandbox_id=sandbox_id, since=since
         )
         return found
+
+    async def find_machine(self, sandbox_id: str) -> MachineAbout:
+        """See core.contracts.node.NodeControl.find_machine."""
+        about: MachineAbout = await self._ask("find_machine", sandbox_id=sandbox_id)
+        return about
 
     async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
         """See core.contracts.node.NodeControl.find_snapshot."""

@@ -24,7 +24,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from sandyard.server.core.records import JoinedNode, NodeStart, Quarantined
+from sandyard.server.core.codec import decode, encode
+from sandyard.server.core.egress import Policy
+from sandyard.server.core.records import JoinedNode, Mount, NodeStart, Quarantined
 from sandyard.server.core.shapes import Shape
 from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.prepared import Prepared
@@ -44,6 +46,8 @@ class QuarantineTable:
         """See core.contracts.store.QuarantineRows.put."""
         values = vars(machine) | vars(machine.shape)
         del values["shape"]
+        values["network"] = None if machine.network is None else encode(machine.network)
+        values["mounts"] = encode(machine.mounts)
         kept = {"id", "found_at", "is_unwanted"}
         seen = {name: value for name, value in values.items() if name not in kept}
         c = t.quarantine.c
@@ -91,7 +95,13 @@ class QuarantineTable:
 def _quarantined(row: Mapping[Any, Any]) -> Quarantined:
     values = dict(row)
     shape = Shape(*(values.pop(name) for name in ("vcpus", "memory_mib", "disk_mib")))
-    return Quarantined(shape=shape, **values)
+    network, mounts = values.pop("network"), values.pop("mounts")
+    return Quarantined(
+        shape=shape,
+        network=None if network is None else decode(Policy, network),
+        mounts=decode(tuple[Mount, ...], mounts),
+        **values,
+    )
 
 
 class JoinedNodeTable:

@@ -257,6 +257,8 @@ quarantine = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("os", Text),
     Column("is_unwanted", Boolean, nullable=False),
+    Column("network", JSON(none_as_null=True)),
+    Column("mounts", JSON, nullable=False, server_default="[]"),
     Index("ix_quarantine_node_id", "node_id"),
 )
 

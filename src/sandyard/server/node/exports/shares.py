@@ -1,8 +1,8 @@
 """What a machine may mount, and the interface of the component that provides it."""
 
 import secrets
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -70,6 +70,11 @@ class Share:
             Part(self.port + 1, self.client, read_only=read),
         )
         return tuple(one for one in parts if one.mounts)
+
+    def only(self, workspace_ids: Collection[str]) -> "Share":
+        """Return the share with these of its workspaces alone."""
+        mounts = tuple(one for one in self.mounts if one.workspace_id in workspace_ids)
+        return replace(self, mounts=mounts)
 
     @property
     def operations(self) -> list[MountAll]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
 
 from sandyard.server.core.contracts.node import Phase
@@ -89,13 +89,15 @@ class MachineProcess:
         source: About | None = None,
         background: Entry | None = None,
         is_recorded: bool = True,
+        mounts: Collection[str] | None = None,
     ) -> None:
         """Start the machine and return once its agent answers; it is not watched yet.
 
         If there is a saved state, the machine is restored from it: `source` describes it, and the
         caller must wake or set up the guest. The state is withdrawn when the
         machine runs. A failure before that keeps the state; after that the machine runs, even if
-        the call is cancelled. If `is_recorded` is false, the record on disk is not changed.
+        the call is cancelled. If `is_recorded` is false, the record on disk is not changed. With
+        `mounts` its guest reaches these workspaces alone.
 
         Raises:
             IncompatibleError: the hypervisor refuses the saved state.
@@ -115,7 +117,7 @@ class MachineProcess:
             )
             if is_saved and (share := current.value.share) is not None:
                 # It continues with its mounts: their server must be there before it runs.
-                await means.exports.grant(place, share)
+                await means.exports.grant(place, share if mounts is None else share.only(mounts))
             if is_saved:
                 version = source.driver_version if source else await kit.driver.version()
                 still = await start.restored(kit, spec, current.body, version, held)

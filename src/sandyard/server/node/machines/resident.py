@@ -279,6 +279,14 @@ class Resident:
         share = self.record.share
         return share is not None and any(one.workspace_id == workspace_id for one in share.mounts)
 
+    async def unmount_others(self, wish: MachineWish) -> None:
+        """Unmount the workspaces that a request does not mount: a sandbox may have been adopted
+        without them."""
+        share, kept = self.record.share, {one.workspace_id for one in wish.mounts}
+        for one in () if share is None else share.mounts:
+            if one.workspace_id not in kept:
+                await self.unmount(one.workspace_id)
+
     async def unmount(self, workspace_id: str) -> None:
         """Unmount a workspace in its guest, if that answers, and record that."""
         share = self.record.share

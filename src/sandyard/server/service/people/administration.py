@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
+from sandyard.server.core.egress import NOTHING, Policy, checked
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -24,8 +25,10 @@ from sandyard.server.core.records import (
     InUse,
     LedgerEntry,
     Membership,
+    Mount,
     Organization,
     Quarantined,
+    Reason,
     Sandbox,
     Snapshot,
     StoragePeriod,
@@ -35,6 +38,7 @@ from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
 from sandyard.server.service.money.credits import credit
+from sandyard.server.service.networks import stamped
 from sandyard.server.service.people.api_keys import ApiKeys
 from sandyard.server.service.people.organizations import (
     ROLES,
@@ -46,6 +50,7 @@ from sandyard.server.service.people.organizations import (
     set_role,
 )
 from sandyard.server.service.people.ssh_keys import withdraw
+from sandyard.server.service.sandboxes.mounts import still_there
 
 _EMAIL_MAX = 254
 _ADOPTED = {Phase.PAUSED.value: Status.PAUSED, Phase.DEAD.value: Status.ERROR}
@@ -325,6 +330,7 @@ class Administration:
         project = await tx.projects.find(organization.id, None)
         if project is None:
             raise NotFoundError(f"cannot find a project of {organization.name}")
+        mounts = await still_there(tx, organization.id, machine.mounts)
         return await tx.sandboxes.insert(
             Sandbox(
                 id=machine.id,
@@ -343,6 +349,9 @@ class Administration:
                 node_id=machine.node_id,
                 started_at=now,
                 paused_at=now,
+                network=_rules_of(machine),
+                mounts=mounts,
+                reason=_lost(machine, mounts),
             )
         )
 
@@ -367,6 +376,7 @@ class Administration:
             is_hidden=False,
             size_bytes=found.size_bytes,
             created_at=self._clock.now(),
+            network=NOTHING,  # its rules are not known any more
         )
         await tx.snapshots.insert(made)
         await tx.storage.open(
@@ -481,3 +491,28 @@ def _check_role(role: str) -> str:
     if role not in ROLES:
         raise InvalidArgumentError(f"cannot use the role {role!r}: {' and '.join(ROLES)} are there")
     return role
+
+
+def _rules_of(machine: Quarantined) -> Policy:
+    """Return the network rules that a machine had. Its node does not keep the headers that were
+    injected; their hosts remain inspected."""
+    if machine.network is None:
+        return NOTHING
+    hosts = (one.host for one in machine.network.inject)
+    inspect = tuple(dict.fromkeys((*machine.network.inspect, *hosts)))
+    try:
+        return stamped(checked(replace(machine.network, inspect=inspect, inject=())))
+    except InvalidArgumentError:  # its node may be hostile
+        return NOTHING
+
+
+def _lost(machine: Quarantined, mounts: Sequence[Mount]) -> Reason | None:
+    """Return what an adopted sandbox has lost, if anything."""
+    lost = []
+    if machine.network is None:
+        lost.append("its network rules are not known: it reaches nothing until it is given some")
+    elif machine.network.inject:
+        lost.append("the headers that its network rules injected are lost: set them again")
+    if gone := len(machine.mounts) - len(mounts):
+        lost.append(f"{gone} of its workspaces do not exist here and are not mounted")
+    return Reason("adopted_in_part", "; ".join(lost)) if lost else None

@@ -13,7 +13,12 @@ from datetime import datetime, timedelta
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import MachineFact, NodeControl, Phase, SnapshotFact
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
-from sandyard.server.core.errors import DamagedError, IncompatibleError, SandyardError
+from sandyard.server.core.errors import (
+    DamagedError,
+    IncompatibleError,
+    SandyardError,
+    UnsupportedError,
+)
 from sandyard.server.core.records import Quarantined, QuarantineKind
 from sandyard.server.core.shapes import NOTHING
 from sandyard.server.tasks import Work
@@ -49,6 +54,7 @@ class Quarantine:
         self._may_have_snapshots = True
         self._unreadable: set[str] = set()
         self._complained: set[str] = set()
+        self._undescribed: set[str] = set()
         self._saving: set[str] = set()
         self._turns = 0
         self.due_at: datetime | None = None
@@ -73,12 +79,20 @@ class Quarantine:
         async with self._store.read() as tx:
             rows = await self._rows(tx, "machine")
         now = self._clock.now()
-        changed = [
-            machine
-            for fact in twice
-            if (machine := self._machine_of(fact, now)) is not None
-            and _as_found(rows.get(fact.sandbox_id), machine) != machine
-        ]
+        changed = []
+        described = 0
+        for fact in twice:
+            row = rows.get(fact.sandbox_id)
+            machine = self._machine_of(fact, row, now)
+            if machine is None:
+                continue
+            if machine.network is None and machine.id not in self._undescribed:
+                if described < _DESCRIBED_MAX:
+                    described += 1
+                    machine = await self._described(machine)
+                self.is_settled = False
+            if _as_found(row, machine) != machine:
+                changed.append(machine)
         # Adopted, removed, or known to the database again.
         gone = rows.keys() - self._seen
         if changed or gone:
@@ -182,9 +196,32 @@ class Quarantine:
         finally:
             self._saving.discard(fact.sandbox_id)
 
-    def _machine_of(self, fact: MachineFact, now: datetime) -> Quarantined | None:
+    async def _described(self, machine: Quarantined) -> Quarantined:
+        """Return a machine with its network rules and mounts, if its node can tell them now."""
+        try:
+            about = await self._node.find_machine(machine.id)
+        except (DamagedError, UnsupportedError) as error:
+            log.warning(
+                "cannot tell the network rules of a machine in quarantine: %s; it will have none "
+                "and reach nothing if it is adopted",
+                error.message,
+                extra={"sandbox_id": machine.id},
+            )
+            self._undescribed.add(machine.id)
+        except SandyardError as error:
+            log.info("cannot ask for the machine of %s now: %s", machine.id, error.message)
+        else:
+            if (about.incarnation, about.version) == (machine.incarnation, machine.version):
+                return replace(machine, network=about.policy, mounts=about.mounts)
+        return machine
+
+    def _machine_of(
+        self, fact: MachineFact, row: Quarantined | None, now: datetime
+    ) -> Quarantined | None:
         if fact.phase is Phase.STARTING:
             return None
+        numbers = (fact.incarnation, fact.version)
+        is_same = row is not None and (row.incarnation, row.version) == numbers
         return Quarantined(
             id=fact.sandbox_id,
             kind="machine",
@@ -195,6 +232,8 @@ class Quarantine:
             template=fact.template,
             shape=fact.shape or NOTHING,
             found_at=now,
+            network=row.network if row is not None and is_same else None,
+            mounts=row.mounts if row is not None and is_same else (),
         )
 
     async def _snapshot_of(
