@@ -28,6 +28,7 @@ from sandyard.server.core.contracts.node import (
     Phase,
     Way,
 )
+from sandyard.server.core.egress import NO_RULES, NOTHING, Egress, Policy
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
@@ -668,6 +669,57 @@ async def write(held: Held, wish: MachineWish, path: bytes, data: bytes) -> None
         for piece in (data, b""):
             await opened.stream.write(encode_frame(Channel.STDIN, piece))
         assert b"count" in await opened.stream.read(10_000)
+
+
+@pytest.mark.parametrize("rules", [None, Policy(Egress.DENY, ("a.test",))], ids=["none", "own"])
+async def test_what_a_version_starts_obeys_the_rules_of_its_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: Policy | None
+) -> None:
+    expected = NOTHING if rules is None else rules
+    about = VersionAbout(
+        "mine", "Alpine", "headless", Shape(1, 512, 1024), ready="true", network=rules
+    )
+    seen: list[Policy] = []
+    async with a_node(tmp_path, pool=1) as held:
+        node, wish = held.node, a_wish(new_sandbox_id())
+        network = node._means.network
+        restrict = network.restrict
+
+        async def noted(place: Place, policy: Policy, **how: Any) -> None:
+            seen.append(policy)
+            await restrict(place, policy, **how)
+
+        await node.ensure_running(wish)
+        await write(held, wish, b"/root.erofs", ROOT)
+        keep = partial(node.keep_version, wish.sandbox_id, incarnation=1, about=about)
+        fact = await keep(path="/root.erofs", size_max=10**6)
+        monkeypatch.setattr(network, "restrict", noted)
+        await node.prepare_version(fact.name)
+        assert expected in seen, "the golden machine"
+        others = [
+            replace(a_wish(new_sandbox_id()), template=fact.name, shape=about.defaults)
+            for _ in range(5)
+        ]
+        for one in others:
+            await node.ensure_running(one)
+
+        def waiting() -> list[Resident]:
+            shelves = node._pool._shelves.values()
+            return [one for two in shelves if "@" in two.kind.template for one in two.members]
+
+        await until(lambda: bool(waiting()))
+        assert [one.record.policy for one in waiting()] == [expected]
+        (target,) = (one.target for one in node._pool.facts() if one.template == fact.name)
+        assert target == 1, "however many were requested"
+        claimed = replace(others[0], sandbox_id=new_sandbox_id())
+        started = await node.ensure_running(claimed)
+        assert started.way is Way.POOL
+        assert NO_RULES in seen, "the sandbox's own"
+        shipped = [one.record.policy for two in node._pool._shelves.values()
+                   for one in two.members if "@" not in two.kind.template]  # fmt: skip
+        assert set(shipped) <= {NO_RULES}
+        for one in (wish, *others, claimed):
+            await node.ensure_gone(one.sandbox_id, incarnation=one.incarnation)
 
 
 async def test_a_file_of_a_machine_becomes_a_version_that_others_start_from(tmp_path: Path) -> None:

@@ -210,6 +210,25 @@ async def test_a_build_reaches_what_its_rules_allow(site: Site) -> None:
         await site.build(replace(IMAGE, network=Policy(allow=("*",))))
 
 
+@pytest.mark.parametrize(
+    ("given", "kept_"),
+    [
+        (None, None),
+        (Policy(), Policy()),
+        (Policy(Egress.DENY, ("a.test",)), Policy(Egress.DENY, ("a.test",))),
+        (Policy(inspect=("a.test",)), None),
+    ],
+)
+async def test_the_rules_of_a_build_belong_to_the_version(
+    site: Site, given: Policy | None, kept_: Policy | None
+) -> None:
+    build, lines = await site.ended(await site.build(replace(STEPS, network=given)))
+    assert build.status is BuildStatus.READY, lines
+    async with site.desk.control.store.read() as tx:
+        (version,) = await tx.versions.of(site.desk.actor.org_id, "mine")
+    assert version.about.network == kept_
+
+
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_build_is_cancelled_in_each_phase(site: Site, phase: str) -> None:
     site.works.waits_in = PHASES[phase]

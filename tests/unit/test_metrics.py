@@ -6,9 +6,10 @@ from sandyard.server.core.contracts.node import NodeReport, ShelfFact
 
 def test_shelves_are_told_apart_by_node_and_by_disk_alone() -> None:
     small = ShelfFact("base-ubuntu", 2, 4096, 1024, size=1, target=2)
+    version = ShelfFact("mine@0", 1, 512, 1024, size=5, target=5)
     usual = ShelfFact("base-ubuntu", 2, 4096, 10240, size=3, target=4, failures=2)
     one, other = (
-        Told(NodeReport("a", (), shelves=(small, usual))),
+        Told(NodeReport("a", (), shelves=(small, usual, version))),
         Told(NodeReport("b", (), shelves=(usual,)), age_s=7.5),
     )
     metrics = Metrics(version="1")
@@ -19,6 +20,7 @@ def test_shelves_are_told_apart_by_node_and_by_disk_alone() -> None:
         assert f"sandyard_pool_size{{{labels}}} {size:.1f}" in lines
     labels = f'disk_mib="10240",memory_mib="4096",node="b",{kind}'
     assert f"sandyard_pool_failures{{{labels}}} 2.0" in lines
+    assert 'sandyard_pool_versions{node="a"} 5.0' in lines
     assert f"sandyard_pool_target{{{labels}}} 4.0" in lines
     assert 'sandyard_node_report_age_seconds{node="b"} 7.5' in lines
     # A node that was forgotten is shown no longer.

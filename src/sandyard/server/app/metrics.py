@@ -102,6 +102,12 @@ class Metrics:
         self._pool = Gauge(
             "sandyard_pool_size", "Machines that wait.", shelf, registry=self._registry
         )
+        self._pool_versions = Gauge(
+            "sandyard_pool_versions",
+            "Machines of organizations' templates that wait.",
+            ("node",),
+            registry=self._registry,
+        )
         self._pool_target = Gauge(
             "sandyard_pool_target",
             "How many machines should wait.",
@@ -177,8 +183,8 @@ class Metrics:
     def render(self, told: Sequence[Told]) -> bytes:
         """Return all metrics in Prometheus's text format, including what the nodes report."""
         of_nodes = (
-            self._machines, self._pool, self._pool_target, self._pool_failures, self._goldens,
-            self._ages,
+            self._machines, self._pool, self._pool_versions, self._pool_target,
+            self._pool_failures, self._goldens, self._ages,
         )  # fmt: skip
         for gauge in of_nodes:
             gauge.clear()
@@ -189,6 +195,8 @@ class Metrics:
             tally = Tally(_state_of(fact) for fact in one.report.machines)
             for state in _STATES:
                 self._machines.labels(node_id, state).set(tally[state])
+            versions = (shelf.size for shelf in one.report.shelves if "@" in shelf.template)
+            self._pool_versions.labels(node_id).set(sum(versions))
             for shelf in one.report.shelves:
                 shape = (str(shelf.vcpus), str(shelf.memory_mib), str(shelf.disk_mib))
                 if "@" in shelf.template:  # there may be any number

@@ -135,6 +135,7 @@ async def open_node(
             floor=settings.pool.floor,
             ceiling=settings.pool.ceiling,
             demand_window_s=settings.pool.demand_window_s,
+            versions=settings.pool.versions,
         ),
         margins=margins_of(settings),
         observer=observer,

@@ -439,6 +439,13 @@ class PoolSettings(Section):
         le=1000,
         description="The maximum number of waiting machines for one shape. 0: no pool.",
     )
+    versions: int = Field(
+        1,
+        ge=0,
+        le=1000,
+        description="The maximum number of waiting machines for one version of an organization's "
+        "template. They are counted in `sandyard_pool_versions`, and not charged.",
+    )
     demand_window_s: float = Field(
         60, gt=0, description="How long a create adds one machine to the target, in seconds."
     )

@@ -295,7 +295,8 @@ class VersionAbout:
 
     `env`, `user` and `workdir` are defaults for programs. `ready` is a command that ends with 0
     once the machine can be saved as a golden one. The `build_id` makes the versions of two builds
-    different, whatever is in them.
+    different, whatever is in them. `network` is what machines may reach before they are a
+    sandbox's; without it, nothing.
     """
 
     slug: str
@@ -307,6 +308,7 @@ class VersionAbout:
     workdir: str = ""
     ready: str | None = None
     build_id: str = ""
+    network: Policy | None = None
 
 
 @dataclass(frozen=True)

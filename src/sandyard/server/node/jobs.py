@@ -18,6 +18,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.node.capacity import Capacity
+from sandyard.server.node.host.egress import clear_journal
 from sandyard.server.node.images.image import Image
 from sandyard.server.node.machines.adopt import DAMAGED
 from sandyard.server.node.machines.console import FailedConsoles
@@ -32,7 +33,7 @@ from sandyard.server.node.snapshots import KeptSnapshots
 from sandyard.server.node.stock.goldens import Goldens
 from sandyard.server.node.stock.pool import MachineObserver, Pool
 from sandyard.server.node.stock.turns import Rank, Turns
-from sandyard.server.tasks import Work, to_the_end
+from sandyard.server.tasks import Work, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +168,7 @@ class Jobs:
             if waiting is None:
                 break
             grows = wish.shape.disk_mib > waiting.shape.disk_mib
+            had_rules = not waiting.record.policy.is_default
             waiting.assign(wish)
             try:
                 limit_s = self._means.patience(_CLAIM_LIMIT_S)
@@ -178,6 +180,8 @@ class Jobs:
                 await to_the_end(waiting.drop())
                 raise
             else:
+                if had_rules:
+                    await in_thread(clear_journal, waiting.body.folder)
                 owner.take(waiting)
                 self._observer.asked_pool(template=wish.template, is_hit=True)
                 return True

@@ -9,7 +9,6 @@ from pydantic import Field, JsonValue
 from sandyard.server.api.models.base import Body, Env, Model, Time, UserName
 from sandyard.server.api.models.network import NetworkIn
 from sandyard.server.core.contracts.node import TemplateFact
-from sandyard.server.core.egress import NO_RULES
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import SLUG
 from sandyard.server.core.records import Build, BuildLine, Upload
@@ -176,7 +175,7 @@ class BuildTemplate(Body):
             disk=shape.disk,
             secrets=self.secrets,
             force=self.force,
-            network=NO_RULES if self.network is None else self.network.policy(),
+            network=None if self.network is None else self.network.policy(),
         )
 
 

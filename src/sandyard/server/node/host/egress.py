@@ -78,6 +78,14 @@ def read_journal(folder: Path, *, now: float, since: float | None = None) -> lis
     return newest_of(found, now=now)
 
 
+def clear_journal(folder: Path) -> None:
+    """Empty the journal of a machine that waited in the pool: what it reached then was no
+    sandbox's."""
+    for path in journal_paths(folder):
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(path, 0)
+
+
 class _Guard:
     """The process of one slot, and its rules."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
+from sandyard.server.core.egress import NO_RULES, Policy
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import is_slug
 from sandyard.server.core.shapes import Shape, shape_of
@@ -86,6 +87,8 @@ class Definition:
     none is installed with what it depends on."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Files to add, by their absolute paths in the template."""
+    policy: Policy = NO_RULES
+    """What its machines may reach before they are a sandbox's."""
     packages_digest: str = ""
     """Changes when anything does that decides which packages are installed, and how."""
 

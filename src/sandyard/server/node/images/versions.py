@@ -21,6 +21,7 @@ from typing import Any
 
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.node import VersionFact, version_name
+from sandyard.server.core.egress import NOTHING
 from sandyard.server.core.errors import DamagedError, InvalidArgumentError, NoCapacityError
 from sandyard.server.core.records import VersionAbout
 from sandyard.server.drivers.sparse import link_or_copy, write_sparse
@@ -272,6 +273,7 @@ def _definition_of(about: VersionAbout, digest: str) -> Definition:
         user=about.user,
         workdir=about.workdir,
         ready=about.ready,
+        policy=NOTHING if about.network is None else about.network,
     )
 
 

@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.contracts.node import GoldenFact, MachineWish
+from sandyard.server.core.egress import NOTHING, Policy
 from sandyard.server.core.errors import (
     DamagedError,
     InvalidArgumentError,
@@ -323,7 +324,7 @@ class Goldens:
     async def _make(
         self, kind: Kind, image: Image, driver: Driver, definition: Definition
     ) -> SavedMachine:
-        wish = a_wish(kind)
+        wish = a_wish(kind, definition.policy)
         resident = Resident.new(wish, image, driver, self._means)
         self._ledger.enter(resident)
         try:
@@ -374,8 +375,10 @@ class Goldens:
                         last = f"it ended with {code}"
                     await self._means.clock.sleep(_READY_PERIOD_S)
         except (TimeoutError, UnavailableError) as error:
+            closed = "; its network is closed: give the build `network` to open it"
             raise NotReadyError(
                 f"the command `ready` did not end with 0 within {limit_s:g} s; last time, {last}"
+                f"{closed if definition.policy == NOTHING else ''}"
             ) from error
 
     async def _name(self, kind: Kind, driver: Driver) -> str:
@@ -396,8 +399,9 @@ async def _warm_up(resident: Resident, command: str, *, limit_s: float) -> None:
         log.warning("the warm-up command %r ended with code %d", command, code)
 
 
-def a_wish(kind: Kind) -> MachineWish:
-    """Return the request for a machine of a kind, without a sandbox."""
+def a_wish(kind: Kind, policy: Policy) -> MachineWish:
+    """Return the request for a machine of a kind, without a sandbox, that may reach what a policy
+    lets it."""
     return MachineWish(
         sandbox_id="",
         incarnation=0,
@@ -406,4 +410,5 @@ def a_wish(kind: Kind) -> MachineWish:
         hostname=_HOSTNAME,
         org_id=_NOBODY,
         env={},
+        policy=policy,
     )

@@ -58,6 +58,8 @@ class PoolLimits:
     floor: int | None
     ceiling: int
     demand_window_s: float
+    versions: int = 1
+    """The most for one version of an organization's template."""
     fresh_s: float = 20.0
     quiet_s: float = 0.5
     unquiet_s: float = 3.0
@@ -310,7 +312,9 @@ class Pool:
         while shelf.asked_at and shelf.asked_at[0] < since:
             shelf.asked_at.popleft()
         wanted = max(shelf.floor, shelf.floor + len(shelf.asked_at))
-        return min(wanted, self._limits.ceiling)
+        limits = self._limits
+        most = limits.versions if "@" in shelf.kind.template else limits.ceiling
+        return min(wanted, limits.ceiling, most)
 
     async def _add(self, shelf: _Shelf) -> None:
         try:
@@ -342,13 +346,14 @@ class Pool:
             return None
         kind = shelf.kind
         image = self._means.images.find(kind.image)
-        if image is None:
+        definition = self._means.images.definition(kind.template)
+        if image is None or definition is None:
             return None
         driver = await self._means.drivers.choose(image)
         golden = await self._goldens.find(kind, driver)
         if golden is None:
             return None
-        wish = a_wish(kind)
+        wish = a_wish(kind, definition.policy)
         one = Resident.new(wish, image, driver, self._means)
         self._ledger.enter(one)
         unfinished.push_async_callback(lambda: to_the_end(self._discard(one)))
@@ -362,7 +367,7 @@ class Pool:
 
     async def _exercise(self, shelf: _Shelf, one: Resident) -> None:
         """Run commands in a machine that will be among the first to be requested."""
-        wish = a_wish(shelf.kind)
+        wish = a_wish(shelf.kind, one.record.policy)
         # Twice: the second is what a claim does.
         for was in (Was.NOBODYS, Was.UNIQUE):
             limit_s = _STOPPED * self._means.patience(WAKE_LIMIT_S)

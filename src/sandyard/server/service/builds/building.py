@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 from sandyard.server.core import ops
 from sandyard.server.core.contracts.node import NodeVersions, VersionFact, version_name
 from sandyard.server.core.contracts.store import Transaction, Turn
+from sandyard.server.core.egress import NO_RULES, Policy
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -393,12 +394,19 @@ class _Job:
         else:
             await self._say("the build starts again: its server ended")
         wish, shape = read(build.plan)
-        self._network = wish.network
+        self._network = wish.network or NO_RULES
         self._masks = Masks(wish.secrets.values())
         self._tags = {*wish.tags, LATEST}
         self._keeps_cache = wish.is_cached and house.cache.is_on
         self._reads_cache = self._keeps_cache and not wish.force
-        about = VersionAbout(wish.slug, "Linux", "headless", shape, build_id=build.id)
+        about = VersionAbout(
+            wish.slug,
+            "Linux",
+            "headless",
+            shape,
+            build_id=build.id,
+            network=_before_use(wish.network),
+        )
         if wish.stands_for is not None:
             await self._say(f"using the template {wish.base} for the image {wish.stands_for}")
         try:
@@ -426,6 +434,8 @@ class _Job:
             config = ImageConfig()
             if known is not None:
                 config = ImageConfig(known.env, known.user, known.workdir, check=known.ready)
+                if wish.network is None:
+                    about = replace(about, network=known.network)
             shipped = {one.slug: one.digest for one in await house.templates.shipped.known()}
             origin = [wish.base, shipped.get(wish.base)]
             begun = _Begun(config, {"base": wish.base}, origin, base=wish.base)
@@ -997,6 +1007,12 @@ class _Job:
             await self._flush()
             async with self._house.store.write(Turn.SHARED) as tx:
                 await tx.builds.save(self._build, lease=self._lease, lasts=None)
+
+
+def _before_use(network: Policy | None) -> Policy | None:
+    """Return what a version's machines may reach before they are a sandbox's. They have no
+    credentials, so rules that end TLS cannot be enforced for them."""
+    return None if network is None or network.ends_tls else network
 
 
 def _setting(wish: NewTemplate, config: ImageConfig, login: Mapping[str, str]) -> Setting:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from sandyard.server.core.codec import decode, encode
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.store import Transaction
-from sandyard.server.core.egress import NO_RULES, Policy
+from sandyard.server.core.egress import Policy
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -242,7 +242,8 @@ class Builds:
     async def _new(self, actor: Actor, wish: NewTemplate) -> Build:
         await self._check_slug(wish.slug)
         check_steps(wish)
-        wish = replace(wish, network=await self._networks.checked(actor, wish.network))
+        if wish.network is not None:
+            wish = replace(wish, network=await self._networks.checked(actor, wish.network))
         base, defaults = wish.base, _DEFAULTS
         if base is None:
             await self._templates.shipped.ready(BUILDER)
@@ -401,7 +402,7 @@ def written(wish: NewTemplate) -> dict[str, object]:
         {"path": one.path, "mode": one.mode, "data": base64.b64encode(one.data).decode()}
         for one in wish.files
     ]
-    values["network"] = encode(wish.network)
+    values["network"] = None if wish.network is None else encode(wish.network)
     return values
 
 
@@ -415,7 +416,8 @@ def read(plan: Mapping[str, Any]) -> tuple[NewTemplate, Shape]:
     )
     values |= {name: tuple(values[name]) for name in ("apt", "pip", "npm", "run")}
     values["tags"] = tuple(values.get("tags", ()))
-    values["network"] = decode(Policy, values.get("network", encode(NO_RULES)))
+    network = values.get("network")
+    values["network"] = None if network is None else decode(Policy, network)
     values["steps"] = tuple(
         Step(StepKind(one["kind"]), tuple(one["args"]), one["phase"], one["upload"], one["force"])
         for one in values.get("steps", ())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from sandyard.server.core.egress import NO_RULES, Policy
+from sandyard.server.core.egress import Policy
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import check_slug, checked_text
 from sandyard.server.service.sandboxes.fields import check_account, checked_env
@@ -82,7 +82,8 @@ class NewTemplate:
     commands of the build alone. `force` means that nothing from earlier builds is used. `steps`
     come after all else. The version gets the `tags`, and `latest`. `stands_for` is the image that
     `base` is used for. If it `is_bare`, an image's own command and health check are ignored.
-    `network` is what the build's machines may reach.
+    `network` is what the build's machines may reach, and later the machines that wait for
+    sandboxes; without it, these reach nothing and the build's anything.
     """
 
     slug: str
@@ -113,7 +114,7 @@ class NewTemplate:
     tags: tuple[str, ...] = ()
     stands_for: str | None = None
     is_bare: bool = False
-    network: Policy = NO_RULES
+    network: Policy | None = None
 
     @property
     def uploads(self) -> tuple[tuple[str, str], ...]:
