@@ -16,6 +16,7 @@ from sandyard.server.core.errors import ConflictError, SandyardError, Unavailabl
 from sandyard.server.drivers.contract import ProbeSpec
 from sandyard.server.drivers.firecracker import FirecrackerDriver, jail
 from sandyard.server.drivers.firecracker.api import Api
+from sandyard.server.drivers.namespaces import path_of
 from sandyard.server.drivers.processes import kill_all_of
 
 
@@ -56,7 +57,7 @@ async def test_firecracker_killed_at_any_step_leaves_nothing(
 
             async def call(self: Api, *args: Any, left: list[int] = left, **more: Any) -> Any:
                 if left[0] == 0:
-                    await kill_all_of(bench.spec.place.uid)
+                    await kill_all_of(bench.spec.place.uid, path_of(bench.spec.place.netns))
                 left[0] -= 1
                 return await real(self, *args, **more)
 
@@ -101,7 +102,7 @@ async def test_firecracker_killed_at_any_step_of_a_save_or_restore_says_so(
     """Whoever asks gets an error, the state saved before loads as ever, and nothing stays."""
     async with AsyncExitStack() as held:
         bench = await firecracker_bench(tmp_path, held)
-        uid = bench.spec.place.uid
+        uid, netns = bench.spec.place.uid, path_of(bench.spec.place.netns)
         real = Api._call
 
         def killing(step: int) -> Callable[..., Any]:
@@ -109,7 +110,7 @@ async def test_firecracker_killed_at_any_step_of_a_save_or_restore_says_so(
 
             async def call(self: Api, *args: Any, **more: Any) -> Any:
                 if left[0] == 0:
-                    await kill_all_of(uid)
+                    await kill_all_of(uid, netns)
                 left[0] -= 1
                 return await real(self, *args, **more)
 

@@ -31,7 +31,7 @@ from sandyard.server.core.codec import decode, encode
 from sandyard.server.core.egress import NO_RULES, Credentials, Egress, Policy, checked
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.drivers.contract import Place
-from sandyard.server.drivers.namespaces import open_tap
+from sandyard.server.drivers.namespaces import open_tap, path_of
 from sandyard.server.drivers.processes import all_of
 from sandyard.server.egress.journal import Line
 from sandyard.server.node.host.egress import read_journal
@@ -219,7 +219,7 @@ class Lab:
 
     async def pids(self) -> list[int]:
         """Return its egress processes."""
-        found = await all_of(self.uid, is_hidden=True)
+        found = await all_of(self.uid, path_of(self.netns), is_hidden=True)
         for one in found:
             one.close()
         return [one.pid for one in found]
@@ -396,7 +396,7 @@ async def _many(slots: Slots, home: Path, count: int) -> str:
             started = [tasks.create_task(restrict(one)) for one in places]
         memory = []
         for place in places:
-            for one in await all_of(uids[place.number], is_hidden=True):
+            for one in await all_of(uids[place.number], path_of(place.netns), is_hidden=True):
                 one.close()
                 memory.append(pss_mib(one.pid))
     finally:

@@ -29,7 +29,14 @@ from sandyard.server.core.ops import Done, SetUp, Wake
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End, MachineSpec, Place, ProbeSpec, Verdict
 from sandyard.server.drivers.kvm import NO_KVM, can_open
-from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
+from sandyard.server.drivers.processes import (
+    DetachedProcess,
+    boot_id,
+    kill_all_of,
+    start_time,
+    strangers,
+    uids_at_work,
+)
 from sandyard.server.drivers.programs import output_of
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.drivers.qemu.command import (
@@ -46,7 +53,8 @@ from sandyard.server.drivers.sparse import copy_sparse, make_empty, merge_sparse
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exceptions, slot_rules
-from sandyard.server.node.host.identity import give_back_identity, take_identity
+from sandyard.server.node.host.identity import Identity, give_back_identity, take_identity
+from sandyard.server.node.host.network import check_accounts
 from sandyard.server.node.images import workshop
 from sandyard.server.node.images.definitions import load_definition, load_definitions
 from sandyard.server.node.images.image import Image, write_manifest
@@ -305,6 +313,49 @@ def test_allowed_networks_come_before_the_private_ones_are_rejected() -> None:
     assert "reject" in private
     assert rules.index(allowed) < rules.index(private)
     assert "tcp dport != 9111" in rules
+
+
+def test_installations_in_containers_get_accounts_of_their_own(tmp_path: Path) -> None:
+    registry, home = tmp_path / "registry", tmp_path / "home"
+    first = take_identity(home, routes=[], registry=registry)
+    assert take_identity(home, routes=[], registry=registry) == first
+    # Another container's home has the same path, and its registry may be this one, or not.
+    (home / "instance.json").write_text(json.dumps({"id": "beef", "index": first.index}))
+    second = take_identity(home, routes=[], registry=registry)
+    assert second.index != first.index
+    third = take_identity(
+        tmp_path / "third",
+        routes=[],
+        registry=tmp_path / "other",
+        at_work=lambda uids: {uids.start} if uids.start in first.uids else set(),
+    )
+    assert third.index != first.index
+
+
+@pytest.mark.root
+async def test_processes_of_another_installation_are_found_and_left_alone() -> None:
+    identity = Identity(
+        "test", 63, ipaddress.IPv4Network("10.99.0.0/20"), 1_900_000_000 + 63 * 1024
+    )
+    uid = identity.uids.stop - 1
+    here, other = Path("/proc/self/ns/net"), Path("/run/netns/none")
+    account = ("setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups")
+    process = await asyncio.create_subprocess_exec(*account, "sleep", "600")
+    try:
+        while uid not in uids_at_work(identity.uids):
+            await asyncio.sleep(0.01)
+        assert strangers(identity.uids, lambda _: here) == []
+        assert strangers(identity.uids, lambda _: other) == [process.pid]
+        with pytest.raises(UnavailableError, match=str(process.pid)):
+            await check_accounts(identity)
+        await kill_all_of(uid, other)
+        assert process.returncode is None
+        await kill_all_of(uid, here)
+        assert await process.wait() == -9
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def test_installations_share_nothing(tmp_path: Path) -> None:

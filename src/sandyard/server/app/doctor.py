@@ -34,7 +34,7 @@ from sandyard.server.node.exports.library import missing_here, verdict_in
 from sandyard.server.node.host.disks import available_memory_mib, free_mib, used_mib
 from sandyard.server.node.host.firewall import forward_exceptions
 from sandyard.server.node.host.identity import Identity
-from sandyard.server.node.host.network import host_routes, host_ruleset
+from sandyard.server.node.host.network import check_accounts, host_routes, host_ruleset
 from sandyard.server.node.host.paths import closed_component, refusal
 from sandyard.server.node.images.definitions import arguments_for
 from sandyard.server.node.images.image import altered_in
@@ -210,6 +210,10 @@ async def _network(settings: Settings) -> AsyncIterator[Finding]:
         return
     yield _subnet(identity, await host_routes())
     yield _uids(identity)
+    try:
+        await check_accounts(identity)
+    except UnavailableError as error:
+        yield Finding("bad", error.message, "see docs/howto/two-installations.md")
     yield await _home(settings, identity)
     ruleset = json.loads(await host_ruleset())
     # Asked as if nothing of ours were there: what is found is what the server will have to pass.

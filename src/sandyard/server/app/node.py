@@ -18,7 +18,7 @@ from sandyard.server.node.fake import FakeDisks, FakeExports, FakeNetwork, make_
 from sandyard.server.node.host.admission import Margins
 from sandyard.server.node.host.disks import Disks, Ext4Disks
 from sandyard.server.node.host.mounts import make_mounts
-from sandyard.server.node.host.network import Network, Slots
+from sandyard.server.node.host.network import Network, Slots, check_accounts
 from sandyard.server.node.machines.means import Means, NodeLimits
 from sandyard.server.node.machines.records import Records
 from sandyard.server.node.machines.saved import Seals
@@ -91,8 +91,10 @@ async def open_node(
     else:
         await check_home(settings)
         allow = [str(one) for one in settings.node.allow]
+        identity = await identity_of(settings)
+        await check_accounts(identity)
         network = Slots(
-            await identity_of(settings),
+            identity,
             home=settings.home,
             allow=allow,
             resolvers=[str(one) for one in settings.node.dns],

@@ -22,6 +22,7 @@ from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.firecracker import FirecrackerDriver
 from sandyard.server.drivers.firecracker.api import limiter
 from sandyard.server.drivers.kvm import can_open
+from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.links.volumes import FolderVolumes, ImageVolumes
 from sandyard.server.node.host.choice import Drivers
@@ -79,7 +80,12 @@ def builder_of(settings: Settings) -> Builder:
 
 async def identity_of(settings: Settings) -> Identity:
     """Return the installation's identity on its host: names, accounts, subnet."""
-    return take_identity(settings.home, routes=await host_routes(), subnet=settings.node.subnet)
+    return take_identity(
+        settings.home,
+        routes=await host_routes(),
+        subnet=settings.node.subnet,
+        at_work=uids_at_work,
+    )
 
 
 async def check_home(settings: Settings) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sandyard.server.core.errors import UnavailableError
@@ -162,33 +162,62 @@ def uids_at_work(uids: range) -> set[int]:
     return found
 
 
-async def kill_all_of(uid: int, *, is_hidden: bool = False) -> None:
+async def kill_all_of(uid: int, netns: Path, *, is_hidden: bool = False) -> None:
     """End every process that runs under an account which only one machine can have. See `all_of`.
 
     Raises:
         UnavailableError: one of them would not go.
     """
-    for process in await all_of(uid, is_hidden=is_hidden):
+    for process in await all_of(uid, netns, is_hidden=is_hidden):
         with contextlib.closing(process):
             await process.kill()
 
 
-async def all_of(uid: int, *, is_hidden: bool = False) -> list[DetachedProcess]:
-    """Return the processes of an account; `is_hidden` ones cannot be traced (prctl(2),
+async def all_of(uid: int, netns: Path, *, is_hidden: bool = False) -> list[DetachedProcess]:
+    """Return the processes of an account in a network namespace: an installation in a container
+    may have processes under the same account. `is_hidden` ones cannot be traced (prctl(2),
     PR_SET_DUMPABLE), and are found more slowly."""
-    found = await in_thread(_processes_of, uid, is_hidden=is_hidden)
+    found = await in_thread(_processes_of, uid, netns, is_hidden=is_hidden)
     processes = [DetachedProcess.find(pid, started=at, boot=boot_id()) for pid, at in found]
     return [one for one in processes if one is not None]
 
 
-def _processes_of(uid: int, *, is_hidden: bool) -> list[tuple[int, int]]:
-    """Return pid and start of each process of an account; on a full host there are many to see."""
+def strangers(uids: range, netns_of: Callable[[int], Path]) -> list[int]:
+    """Return the processes under a range of accounts that are in other network namespaces than
+    `netns_of` says: those of another installation."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                pid, uid = int(entry.name), _uid_of(entry, is_hidden=True)
+                if uid in uids and start_time(pid) is not None and not _is_in(pid, netns_of(uid)):
+                    found.append(pid)
+    return found
+
+
+def _is_in(pid: int, netns: Path) -> bool:
+    """Tell whether a process is in a network namespace, or that cannot be told. The inode of a
+    namespace is unique on a kernel (namespaces(7))."""
+    try:
+        its = Path(f"/proc/{pid}/ns/net").stat()
+    except OSError:  # it has ended, or must not be looked into
+        return True
+    try:
+        wanted = netns.stat()
+    except OSError:
+        return False
+    return (its.st_dev, its.st_ino) == (wanted.st_dev, wanted.st_ino)
+
+
+def _processes_of(uid: int, netns: Path, *, is_hidden: bool) -> list[tuple[int, int]]:
+    """Return pid and start of each process of an account in a network namespace; on a full host
+    there are many to see."""
     found = []
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 pid = int(entry.name)
-                is_its = _uid_of(entry, is_hidden=is_hidden) == uid
+                is_its = _uid_of(entry, is_hidden=is_hidden) == uid and _is_in(pid, netns)
                 if is_its and (started := start_time(pid)) is not None:
                     found.append((pid, started))
     return found

@@ -40,7 +40,7 @@ from sandyard.server.drivers.ends import (
 )
 from sandyard.server.drivers.initrd import add_token
 from sandyard.server.drivers.kvm import DEVICE, NO_KVM, can_open
-from sandyard.server.drivers.namespaces import open_tap
+from sandyard.server.drivers.namespaces import open_tap, path_of
 from sandyard.server.drivers.processes import (
     DetachedProcess,
     boot_id,
@@ -508,7 +508,7 @@ class QemuDriver:
                 # If this were interrupted, it would not run under its own account yet.
                 pid = await to_the_end(_launch(confined, (tap_fd, *_fds(way)), spec, stderr))
         except BaseException:
-            await to_the_end(kill_all_of(spec.place.uid))
+            await to_the_end(kill_all_of(spec.place.uid, path_of(spec.place.netns)))
             raise
         finally:
             os.close(tap_fd)

@@ -181,7 +181,7 @@ class EgressProcesses:
             await _unwatch(guard)
             folder = guard.folder
         if folder is not None:
-            await kill_all_of(self._uid_of(place), is_hidden=True)
+            await kill_all_of(self._uid_of(place), path_of(place.netns), is_hidden=True)
             _socket_in(folder, place).unlink(missing_ok=True)
         self._guards.pop(place.number, None)
 
@@ -200,7 +200,7 @@ class EgressProcesses:
     async def _told_or_replaced(self, guard: _Guard) -> str | None:
         with contextlib.suppress(OSError, TimeoutError, EOFError):
             return await self._told(guard)
-        await kill_all_of(self._uid_of(guard.place), is_hidden=True)
+        await kill_all_of(self._uid_of(guard.place), path_of(guard.place.netns), is_hidden=True)
         try:
             await self._start(guard)
             return await self._told(guard)
@@ -238,7 +238,8 @@ class EgressProcesses:
         pause_s, now = _AGAIN_S, asyncio.get_running_loop().time
         while True:
             began = now()
-            for process in await all_of(self._uid_of(guard.place), is_hidden=True):
+            netns = path_of(guard.place.netns)
+            for process in await all_of(self._uid_of(guard.place), netns, is_hidden=True):
                 with contextlib.closing(process):
                     await process.wait()
             log.warning("the egress process of slot %d has ended", guard.place.number)

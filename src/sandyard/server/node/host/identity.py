@@ -12,7 +12,7 @@ import ipaddress
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +71,12 @@ def take_identity(
     routes: Iterable[ipaddress.IPv4Network],
     subnet: ipaddress.IPv4Network | None = None,
     registry: Path = REGISTRY,
+    at_work: Callable[[range], set[int]] = lambda _: set(),
 ) -> Identity:
     """Return the identity of the installation in `home`; it is chosen the first time.
 
     `routes` are networks that the host has a route to; `subnet` is the operator's choice.
+    `at_work` returns the accounts of a range under which processes run: such a range is not chosen.
 
     Raises:
         UnavailableError: no subnet is free.
@@ -82,11 +84,14 @@ def take_identity(
     registry.mkdir(parents=True, exist_ok=True)
     with _locked(registry / ".lock"):
         kept = _read(home / "instance.json")
-        others = {claim["index"] for claim in _claims(registry, home)}
+        others = {claim["index"] for claim in _claims(registry, home, kept)}
         if kept is not None and kept["index"] not in others:
             chosen = {"id": kept["id"], "index": kept["index"]}
         else:
-            chosen = {"id": secrets.token_hex(2), "index": _free_index(others, list(routes))}
+            chosen = {
+                "id": secrets.token_hex(2),
+                "index": _free_index(others, list(routes), at_work),
+            }
         home.mkdir(parents=True, exist_ok=True)
         _write(home / "instance.json", chosen)
         claim = {
@@ -110,10 +115,17 @@ def give_back_identity(home: Path, *, registry: Path = REGISTRY) -> None:
         (home / "instance.json").unlink(missing_ok=True)
 
 
-def _free_index(others: set[object], routes: list[ipaddress.IPv4Network]) -> int:
+def _free_index(
+    others: set[object],
+    routes: list[ipaddress.IPv4Network],
+    at_work: Callable[[range], set[int]],
+) -> int:
     for index in range(_INDEXES):
         overlaps = any(_subnet(index).overlaps(route) for route in routes if route.prefixlen)
-        if index not in others and not overlaps:
+        if index in others or overlaps:
+            continue
+        identity = Identity("", index, _subnet(index), _UID_FIRST + index * SLOTS)
+        if not at_work(identity.uids) and not at_work(identity.egress_uids):
             return index
     raise UnavailableError(
         f"cannot find a free subnet in {_WHOLE}: routes or other installations cover it; "
@@ -126,12 +138,16 @@ def _subnet(index: int) -> ipaddress.IPv4Network:
     return ipaddress.IPv4Network((first, 20))
 
 
-def _claims(registry: Path, home: Path) -> Iterator[dict[str, object]]:
+def _claims(
+    registry: Path, home: Path, kept: dict[str, object] | None
+) -> Iterator[dict[str, object]]:
+    """Yield the claims of other installations. One in a container may have a home of the same
+    path."""
     for path in registry.glob("*.json"):
         claim = _read(path)
         if claim is None or _is_void(claim):
             path.unlink(missing_ok=True)
-        elif claim["home"] != str(home.resolve()):
+        elif claim["home"] != str(home.resolve()) or (kept and claim["id"] != kept["id"]):
             yield claim
 
 
@@ -140,7 +156,9 @@ def _is_void(claim: dict[str, object]) -> bool:
     host started."""
     home = Path(str(claim["home"]))
     if (home / "instance.json").exists():
-        return False
+        there = _read(home / "instance.json")
+        is_its = there is None or there["id"] == claim["id"]
+        return not is_its and claim.get("boot") != boot_id()
     nearest = next(one for one in (home, *home.parents) if one.exists())
     is_in_sight = nearest.stat().st_dev == claim.get("device")
     return is_in_sight or claim.get("boot") != boot_id()

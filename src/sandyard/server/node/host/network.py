@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Protocol
 
 from sandyard.server.core.egress import Credentials, Policy, Rules
-from sandyard.server.core.errors import InternalError, NoCapacityError, SandyardError
+from sandyard.server.core.errors import (
+    InternalError,
+    NoCapacityError,
+    SandyardError,
+    UnavailableError,
+)
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.namespaces import in_namespace, path_of, socket_in
-from sandyard.server.drivers.processes import kill_all_of, uids_at_work
+from sandyard.server.drivers.processes import kill_all_of, strangers, uids_at_work
 from sandyard.server.egress.dns import Resolver
 from sandyard.server.node.commands import run
 from sandyard.server.node.host.dns import forward_dns, host_resolvers
@@ -49,6 +54,7 @@ GUEST_MAC = "02:73:79:00:00:02"
 _GATEWAY_MAC = "02:73:79:00:00:01"
 _TAP, _UPLINK = "tap0", "up0"
 _TOOL_LIMIT_S = 20.0
+_SHOWN_MAX = 3
 _SPARE = 3
 _FOLLOW_S = 3.0
 
@@ -113,6 +119,32 @@ class Network(Protocol):
             OSError: nothing answers.
         """
         ...
+
+
+async def check_accounts(identity: Identity) -> None:
+    """Return if no other installation's processes run under this one's accounts. One in a container
+    may have the same, and each would end the other's machines.
+
+    Raises:
+        UnavailableError: some do; the message names them.
+    """
+
+    def netns_of(uid: int) -> Path:
+        first = identity.uids if uid in identity.uids else identity.egress_uids
+        return path_of(f"{identity.prefix}-{uid - first.start}")
+
+    found = [
+        pid
+        for uids in (identity.uids, identity.egress_uids)
+        for pid in await in_thread(strangers, uids, netns_of)
+    ]
+    if found:
+        raise UnavailableError(
+            "cannot start machines: processes of another installation run under this one's "
+            f"accounts ({', '.join(map(str, sorted(found)[:_SHOWN_MAX]))}); end its machines, or, "
+            "while this installation has none, remove instance.json from its home: then it takes "
+            "other accounts"
+        )
 
 
 class Slots:
@@ -221,7 +253,7 @@ class Slots:
         """See Network.give_back."""
         await self._stop_dns(place)
         await self._egress.stop(place)
-        await kill_all_of(place.uid)
+        await kill_all_of(place.uid, path_of(place.netns))
         async with self._lock:
             await self._remove(place)
             self._used.discard(place.number)
@@ -284,11 +316,14 @@ class Slots:
         kept = {self._identity.uid_first + number for number in self._used}
         for uid in uids_at_work(self._identity.uids):
             if uid not in kept:
-                await self._swept(uid - self._identity.uid_first, kill_all_of(uid))
+                number = uid - self._identity.uid_first
+                await self._swept(number, kill_all_of(uid, self._netns(number)))
         egress = self._identity.egress_uids
         for uid in uids_at_work(egress):
             if uid - egress.start not in self._used:
-                await self._swept(uid - egress.start, kill_all_of(uid, is_hidden=True))
+                number = uid - egress.start
+                ending = kill_all_of(uid, self._netns(number), is_hidden=True)
+                await self._swept(number, ending)
         prefix = self._identity.prefix
         for path in path_of(prefix).parent.glob(f"{prefix}-*"):
             number = int(path.name.removeprefix(f"{prefix}-"))
@@ -299,6 +334,9 @@ class Slots:
             for name in await host.link_names():
                 if name.startswith(f"{prefix}-") and name not in used:
                     await host.delete_link(name)
+
+    def _netns(self, number: int) -> Path:
+        return path_of(f"{self._identity.prefix}-{number}")
 
     async def _swept(self, number: int, work: Coroutine[object, object, object]) -> None:
         """Remove what is left of one slot. If that fails, its number is not used, and the others
