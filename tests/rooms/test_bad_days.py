@@ -1,6 +1,7 @@
 """Database locked or gone, disk full: requests say so, nothing is half-written, and it passes."""
 
 import asyncio
+import shutil
 import sqlite3
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -15,6 +16,7 @@ from tests.support.ports import free_port
 from tests.support.postgres import postgres_url
 
 from sandyard.server.drivers.fake import FakeMachine
+from sandyard.server.node.host.disks import lacks_files
 
 pytestmark = pytest.mark.slow  # they wait as long as a bad day lasts
 
@@ -161,7 +163,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     home = tmp_path / "small"
     home.mkdir()
     subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400m,mode=755", "small", str(home)], check=True
+        ["mount", "-t", "tmpfs", "-o", "size=400m,mode=755,nr_inodes=4000", "small", str(home)],
+        check=True,
     )
     try:
         yield home
@@ -214,6 +217,27 @@ async def test_a_full_disk_is_told_and_blocks_no_way_out(small_disk: Path) -> No
         (small_disk / "other").unlink()
         assert (await yard.create())["status"] == "running"
         await until(ballast.exists)
+
+
+@pytest.mark.root
+async def test_a_disk_that_takes_no_more_files_is_told(small_disk: Path) -> None:
+    async with open_yard(small_disk, saves=True, disk_floor_mib=64) as yard:
+        box = await yard.create()
+        await yard.client.get("/readyz")
+        (small_disk / "many").mkdir()
+        with suppress(OSError):
+            for number in range(4000):
+                (small_disk / "many" / str(number)).touch()
+        refused = await yard.client.post("/v1/sandboxes", json={})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_capacity")
+        assert "inodes" in refused.json()["error"]["message"]
+        unready = await yard.client.get("/readyz")
+        assert (unready.status_code, "inodes" in unready.text) == (503, True)
+        assert "inodes" in (lacks_files(small_disk) or "")
+        # What makes room still works.
+        await eventually(lambda: _is_deleted(yard, box))
+        shutil.rmtree(small_disk / "many")
+        assert (await yard.create())["status"] == "running"
 
 
 @pytest.mark.root

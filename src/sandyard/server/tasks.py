@@ -5,6 +5,7 @@ Cleanup would then run concurrently with it, and a file that was just removed co
 """
 
 import asyncio
+import errno
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.errors import InternalError, SandyardError
+from sandyard.server.core.errors import InternalError, NoCapacityError, SandyardError
 from sandyard.server.core.limits import Rate
 
 log = logging.getLogger(__name__)
@@ -193,6 +194,11 @@ async def _kept(work: Work, what: str, *, quietly: bool) -> SandyardError | None
         log.log(logging.DEBUG if quietly else logging.WARNING, "%s: %s", what, error.message)
         return error
     except Exception as error:  # see above
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            log.warning("%s: %s", what, error)
+            return NoCapacityError(
+                "cannot do this: the host's disk is full, or takes no more files; free some space"
+            )
         log.exception("unexpected error: %s", what)
         return InternalError(f"cannot carry this out: {error}")
     return None

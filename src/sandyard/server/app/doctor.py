@@ -31,7 +31,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.commands import run
 from sandyard.server.node.exports.library import missing_here, verdict_in
-from sandyard.server.node.host.disks import available_memory_mib, free_mib, used_mib
+from sandyard.server.node.host.disks import available_memory_mib, free_mib, lacks_files, used_mib
 from sandyard.server.node.host.firewall import forward_exceptions
 from sandyard.server.node.host.identity import Identity
 from sandyard.server.node.host.network import check_accounts, host_routes, host_ruleset
@@ -295,6 +295,8 @@ def _room(settings: Settings) -> list[Finding]:
         )
     else:
         findings.append(Finding("ok", f"{disk // 1024} GiB of disk are free under {folder}"))
+    if (lack := lacks_files(folder)) is not None:
+        findings.append(Finding("bad", lack, f"remove files; `df -i {folder}` shows how many"))
     goldens = settings.home / "goldens"
     if goldens.is_dir():
         folders = [one for one in goldens.iterdir() if one.is_dir()]

@@ -16,7 +16,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.drivers.contract import End
-from sandyard.server.node.host.disks import free_mib
+from sandyard.server.node.host.disks import free_mib, lacks_files
 from sandyard.server.node.owner import Owner
 from sandyard.server.tasks import in_thread
 
@@ -61,7 +61,8 @@ class Pressure:
         """What prevents machines from starting: a sentence if the disk is full, else nothing."""
         free = self._free(self._home)
         if free >= self._little_mib:
-            return ()
+            lack = lacks_files(self._home)
+            return () if lack is None else (lack,)
         return (f"the host's disk is full: {free} MiB are left under {self._home}",)
 
     async def watch(self) -> None:

@@ -11,7 +11,12 @@ from pathlib import Path
 
 from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.core.shapes import Shape
-from sandyard.server.node.host.disks import available_memory_mib, free_mib, total_memory_mib
+from sandyard.server.node.host.disks import (
+    available_memory_mib,
+    free_mib,
+    lacks_files,
+    total_memory_mib,
+)
 from sandyard.server.node.host.ledger import Promise, Totals
 
 _HYPERVISOR_MIB = 96  # its own code and data, and translated code under TCG
@@ -107,6 +112,8 @@ class Admission:
                 f"cannot start a machine: the host's disk has less than {floor} MB left under "
                 f"{self._folder}; free some space"
             )
+        if (lack := lacks_files(self._folder)) is not None:
+            raise NoCapacityError(f"cannot start a machine: {lack}; remove some files")
         # A machine that is paused puts its memory beside its disk.
         wanted = 0 if shape is None else (shape.disk_mib + shape.memory_mib) * count
         if shape is not None and wanted > self._disk_left_mib(totals):

@@ -4,7 +4,7 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from sandyard.server.core.errors import InternalError, NoCapacityError
 from sandyard.server.drivers.sparse import copy_sparse
@@ -70,6 +70,24 @@ def free_mib(folder: Path) -> int:
     """Return the free space of the file system of a folder."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize // 2**20
+
+
+def free_files(folder: Path) -> int | None:
+    """Return how many more files the file system of a folder takes; None if it has no limit."""
+    found = os.statvfs(folder)
+    return found.f_favail if found.f_files else None
+
+
+FILES_FLOOR: Final = 1000
+"""Files that must be free: a machine takes some ten, and its sandbox's logs and state some more."""
+
+
+def lacks_files(folder: Path) -> str | None:
+    """Return a sentence if the file system of a folder takes hardly any more files."""
+    left = free_files(folder)
+    if left is None or left >= FILES_FLOOR:
+        return None
+    return f"the host's disk takes only {left} more files under {folder}: its inodes are used up"
 
 
 def available_memory_mib() -> int:
