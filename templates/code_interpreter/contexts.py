@@ -22,6 +22,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 GRACE_S = 5.0
 """How long code may take to end after an interruption, before its interpreter is replaced."""
 START_S = 120.0
+"""How long an interpreter may take to start, at the usual pace of a machine."""
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _RESEED = (
     "__import__('random').seed()\n"
@@ -116,10 +117,16 @@ class Context(ABC):
         """
         self.boot, self.env = BOOT_ID.read_text(), self.environment()
         self.is_fresh, self.needs_restart = True, False
+        limit_s = START_S * pace()
         try:
-            async with asyncio.timeout(START_S):
+            async with asyncio.timeout(limit_s):
                 await self.launch(self.env)
-        except (OSError, RuntimeError, TimeoutError) as error:
+        except TimeoutError as error:
+            await self.end()
+            raise RefusedError(
+                f"cannot start {self.language} in {self.cwd}: it was not ready within {limit_s:g} s"
+            ) from error
+        except (OSError, RuntimeError) as error:
             await self.end()
             raise RefusedError(f"cannot start {self.language} in {self.cwd}: {error}") from error
         except BaseException:

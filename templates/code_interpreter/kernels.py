@@ -12,7 +12,7 @@ from typing import Any
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-from code_interpreter.contexts import RUN, START_S, Context, account, identity
+from code_interpreter.contexts import RUN, Context, account, identity
 from code_interpreter.items import ENDED, Tell, error_of, ignore, result_of
 
 PYTHON = (
@@ -67,7 +67,26 @@ class JupyterContext(Context):
         # What does not fit would be dropped, the end of the code among it.
         self.client.context.rcvhwm = 0
         self.client.start_channels(stdin=False, hb=False, control=False)
-        await self.client.wait_for_ready(timeout=START_S)
+        await self._until_ready()
+
+    async def _until_ready(self) -> None:
+        """Return once the kernel answers, and its reports arrive.
+
+        `wait_for_ready` asks each second, and a kernel that starts slowly then answers all of that
+        before it runs code.
+        """
+        while True:
+            self.client.kernel_info()
+            while True:
+                try:
+                    await self.client.get_shell_msg(timeout=_LOOK_S)
+                    break
+                except queue.Empty:
+                    if not await self.is_alive():
+                        raise RuntimeError("the kernel ended at once") from None
+            with contextlib.suppress(queue.Empty):
+                await self.client.get_iopub_msg(timeout=_LOOK_S)
+                return
 
     async def is_alive(self) -> bool:
         return self.manager is not None and bool(await self.manager.is_alive())

@@ -244,20 +244,22 @@ class Execute(Handler):
                     f"cannot use env_vars.{name[:80]}: names consist of letters, digits and _, and "
                     "values are strings without NUL characters",
                 )
-        if context_id:
-            context = self.contexts.find(context_id)
-        else:
-            context = await self.contexts.default(language or "python")
-        if self.has_left:
-            return
+        context = self.contexts.find(context_id) if context_id else None
         self.set_header("Content-Type", "application/json")
-        self.work = asyncio.create_task(context.execute(code, given, self.tell))
+        # Also while an interpreter starts, which may take longer than a proxy waits.
         beating = asyncio.create_task(self.beat())
         # Both errors mean that the client has left.
         with contextlib.suppress(asyncio.CancelledError, StreamClosedError):
             try:
+                if context is None:
+                    context = await self.contexts.default(language or "python")
+                if self.has_left:
+                    return
+                self.work = asyncio.create_task(context.execute(code, given, self.tell))
                 await self.work
             except RefusedError as error:
+                if context is None and not self._headers_written:
+                    raise
                 await self.tell(error_of("InterpreterEnded", str(error)))
             except StreamClosedError:
                 raise

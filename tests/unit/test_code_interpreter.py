@@ -132,6 +132,27 @@ async def test_code_shares_its_interpreter_and_not_its_variables(
     assert client.heard[-1]["name"] == "CommandFailed"
 
 
+async def test_a_slow_machine_gives_an_interpreter_more_time_to_start(
+    bash: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert isinstance(bash, ScriptContext)
+    (tmp_path / "state").write_text('{"env": {}, "pace": 20}')
+    monkeypatch.setattr(contexts, "START_S", 0.5)
+    shell = command_of("bash")
+    bash.command = (shell[0], "-c", 'sleep 1; exec "$0" "$@"', *shell)
+    assert await Client(bash).run("echo started") == "started\n"
+
+
+async def test_an_interpreter_that_does_not_start_says_why(
+    monkeypatch: pytest.MonkeyPatch, bash: Context, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(contexts, "START_S", 0.2)
+    silent = ScriptContext("bash", str(tmp_path), {}, ("sleep", "300"))
+    with pytest.raises(RefusedError, match=r"cannot start bash in .*: it was not ready within"):
+        await silent.start()
+    await silent.remove()
+
+
 async def test_an_interpreter_that_ends_has_a_successor(bash: Context) -> None:
     client = Client(bash)
     assert await client.run("x=5; exit 3") == ""
