@@ -862,6 +862,13 @@ async def test_network_rules_over_http(yard: Yard) -> None:
         assert answer.status_code == 400, body
     assert (await yard.client.get(f"{path}/egress")).json()["data"] == []
     assert (await yard.client.get(f"{path}/egress?since=-1")).status_code == 400
+    # A client that follows has its share of the organization's streams.
+    shares = yard.house.api.state.services.sandboxes._open._shares
+    org = (await yard.client.get("/v1/organizations/current")).json()["data"]["id"]
+    while shares.take(org, 1):
+        pass
+    refused = await yard.client.get(f"{path}/egress?follow=true")
+    assert (refused.status_code, "are open" in refused.text) == (409, True)
     for method, below in (("GET", "network"), ("PUT", "network"), ("GET", "egress")):
         answer = await yard.client.request(method, f"/v1/sandboxes/nobodys/{below}", json={})
         assert answer.status_code == 404

@@ -208,6 +208,14 @@ async def test_what_cannot_be_started_is_refused(
     assert end["error"]["message"]
 
 
+@pytest.mark.parametrize("junk", ["[" * 1000 + "]" * 1000, "[" + "{}," * 30_000 + "{}]"])
+async def test_a_message_that_takes_long_to_parse_is_refused(box: Box, junk: str) -> None:
+    url = f"{PROCESS}/SendSignal"
+    body = f'{{"process": {{"pid": 1}}, "junk": {junk}}}'.encode()
+    answer = await box.send(url, body, **{"Content-Type": "application/json"})
+    assert await refusal(answer) == (400, "invalid_argument")
+
+
 @pytest.mark.parametrize("method", ["SendInput", "SendSignal", "CloseStdin", "Update"])
 async def test_a_process_that_has_ended_is_not_found(box: Box, method: str) -> None:
     events, _ = await box.run("echo", "hello")

@@ -109,3 +109,18 @@ def test_a_full_disk_loses_lines_and_says_how_many(
 def test_damaged_lines_are_left_out() -> None:
     good = json.dumps({"time": 5.0, "a": "\n"}).encode()
     assert lines_in(good + b"\nnonsense\n[1]\n{}\n" + good[:9]) == [{"time": 5.0, "a": "\n"}]
+
+
+def test_only_what_is_new_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"time": float(number)}).encode() for number in range(1000)]
+    data, parsed, loads = b"\n".join(lines), 0, json.loads
+
+    def counted(text: bytes) -> object:
+        nonlocal parsed
+        parsed += 1
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", counted)
+    assert [one["time"] for one in lines_in(data, since=996.0)] == [997.0, 998.0, 999.0]
+    assert parsed == 4
+    assert len(lines_in(data)) == 1000

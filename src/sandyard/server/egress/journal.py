@@ -86,22 +86,26 @@ class _File:
         self.lines, self.first, self.last = 0, 0.0, 0.0
 
 
-def lines_in(data: bytes) -> list[Line]:
-    """Return the lines of a file; damaged ones are left out."""
+def lines_in(data: bytes, *, since: float | None = None) -> list[Line]:
+    """Return the lines of a file; damaged ones are left out. With `since` only those after that
+    time are parsed: lines are in the order of time."""
     found = []
-    for one in data.splitlines():
+    for one in reversed(data.splitlines()):
         try:
             line = json.loads(one)
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("time"), int | float):
+            if since is not None and time_of(line) <= since:
+                break
             found.append(line)
+    found.reverse()
     return found
 
 
-def newest_of(files: Iterable[bytes], *, now: float) -> list[Line]:
+def newest_of(files: Iterable[bytes], *, now: float, since: float | None = None) -> list[Line]:
     """Return the lines of all files that are not too old, oldest first."""
-    lines = [line for data in files for line in lines_in(data[:_READ_MAX])]
+    lines = [line for data in files for line in lines_in(data[:_READ_MAX], since=since)]
     recent = [one for one in lines if time_of(one) >= now - DAYS_MAX * 86400]
     return sorted(recent, key=time_of)[-LINES_MAX:]
 

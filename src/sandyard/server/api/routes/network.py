@@ -53,7 +53,7 @@ async def replace_network(
 @router.get(
     "/{reference}/egress",
     responses={
-        **errors(404, 503),
+        **errors(404, 409, 503),
         200: {
             "description": "Lines of the journal, or with `follow` events.",
             "content": {"text/event-stream": {}},
@@ -83,8 +83,11 @@ async def list_connections(
         found = await service.connections(actor, reference, since=since)
         return enveloped(request, [connection_out(one) for one in found])
     await service.get(actor, reference)
+    async with AsyncExitStack() as opening:
+        opening.enter_context(service.following(actor))
+        held = opening.pop_all()
     pages = service.follow_connections(actor, reference)
-    return EventStream(_events_of(pages), AsyncExitStack(), check)
+    return EventStream(_events_of(pages), held, check)
 
 
 async def _events_of(pages: AsyncIterator[list[Connection]]) -> AsyncIterator[SseEvent]:

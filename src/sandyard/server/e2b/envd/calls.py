@@ -20,6 +20,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.e2b.envd.box import Box, box_of
 from sandyard.server.e2b.errors import code_of, is_gone, message_of, other_type
 from sandyard.server.front.bodies import streams_body, takes_body
+from sandyard.server.front.bounds import JsonBounds
 from sandyard.server.front.streams import HeldStream, while_connected, with_beats
 
 Message = Mapping[str, Any]
@@ -52,7 +53,7 @@ def unary(work: Unary) -> Route:
         _check_type(request, connect.UNARY_TYPE)
         box = await box_of(request)
         try:
-            message = Fields(connect.read_message(await request.body()))
+            message = _read(await request.body())
             async with while_connected(request):
                 return JSONResponse(dict(await work(box, message)))
         except (ConnectError, SandyardError) as error:
@@ -178,6 +179,18 @@ def _number(request: Request, header: str) -> int:
     return int(text) if _NUMBER.fullmatch(text) else 0
 
 
+def _read(payload: bytes) -> Fields:
+    """Return a message.
+
+    Raises:
+        ConnectError: it is none.
+        InvalidArgumentError: it is nested too deep, or has too many values, which take many times
+            their size.
+    """
+    JsonBounds().feed(payload)
+    return Fields(connect.read_message(payload))
+
+
 def _only_message(body: bytes) -> Fields:
     decoder = EnvelopeDecoder()
     decoder.feed(body)
@@ -187,7 +200,7 @@ def _only_message(body: bytes) -> Fields:
     if decoder.take() is not None:
         raise ConnectError(connect.Code.INVALID_ARGUMENT, "the request has more than one message")
     decoder.finish()
-    return Fields(connect.read_message(envelope.payload))
+    return _read(envelope.payload)
 
 
 async def _messages(request: Request) -> AsyncIterator[Fields]:
@@ -198,5 +211,5 @@ async def _messages(request: Request) -> AsyncIterator[Fields]:
         while (envelope := decoder.take()) is not None:
             if envelope.is_end:
                 return
-            yield Fields(connect.read_message(envelope.payload))
+            yield _read(envelope.payload)
     decoder.finish()

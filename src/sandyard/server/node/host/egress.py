@@ -75,7 +75,7 @@ def read_journal(folder: Path, *, now: float, since: float | None = None) -> lis
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             found.append(path.read_bytes())
-    return newest_of(found, now=now)
+    return newest_of(found, now=now, since=since)
 
 
 def clear_journal(folder: Path) -> None:

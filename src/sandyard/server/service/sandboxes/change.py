@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -85,6 +86,11 @@ class Sandboxes:
         self._power = power
         self._clock = platform.clock
         self._waits = waits
+        self._open = platform.opened
+
+    def following(self, actor: Actor) -> AbstractContextManager[None]:
+        """Count a client that follows a journal, while the block lasts. See `Open.one`."""
+        return self._open.one(actor.org_id)
 
     async def get(self, actor: Actor, reference: str, *, scope: str = "sandbox:read") -> Sandbox:
         """Return a sandbox by id or name, for an operation that needs `scope`.
