@@ -150,6 +150,7 @@ async def create(request: Request) -> Response:
         metadata=body.metadata or {},
         auto_resume=body.auto_resume is not None and body.auto_resume.enabled,
         expires_in=timeout,
+        ends_from_start=True,
         pauses_at_end=bool(body.auto_pause),
         keeps_memory=body.auto_pause_memory is not False,
         public_ports=request.app.state.has_public_ports and _is_public(body),
@@ -286,6 +287,8 @@ async def connect(request: Request) -> Response:
         sandbox = await _put_off(control, sandbox, body.timeout)
     if sandbox.status in _UP_AGAIN:
         sandbox = await _resumed(control, body.timeout, keeps_memory=body.memory)
+    if state_of(sandbox, control.now) is None:  # it reached its end meanwhile
+        raise NotFoundError(f"cannot connect to {sandbox.id}: it has ended")
     return JSONResponse(control.opened(sandbox), status_code=200 if was_running else 201)
 
 

@@ -41,7 +41,8 @@ class NewSandbox:
 
     `ssh_keys` are ids of the organization's keys, or literal keys. A sandbox from a `snapshot` has
     the snapshot's template and, by default, its mounts and network rules. One of the platform's own
-    may have a template that others cannot name: what was `chosen`.
+    may have a template that others cannot name: what was `chosen`. `expires_in` counts from the
+    request, or with `ends_from_start` from when the sandbox runs.
     """
 
     template: str | None = None
@@ -58,6 +59,7 @@ class NewSandbox:
     metadata: Mapping[str, object] = field(default_factory=dict)
     auto_resume: bool = True
     expires_in: int | None = None
+    ends_from_start: bool = False
     pauses_at_end: bool = False
     keeps_memory: bool = True
     public_ports: bool = False
@@ -238,7 +240,9 @@ class Creation:
             root_password_hash=password_hash,
             metadata=wish.metadata,
             auto_resume=wish.auto_resume,
-            expires_at=None if lives is None else now + timedelta(seconds=lives),
+            expires_at=None
+            if lives is None or wish.ends_from_start
+            else now + timedelta(seconds=lives),
             lives_s=lives,
             pauses_at_end=wish.pauses_at_end,
             keeps_memory=wish.keeps_memory,

@@ -229,7 +229,9 @@ def with_end(sandbox: Sandbox, now: datetime) -> Sandbox:
         return sandbox
     if sandbox.pauses_at_end and sandbox.status in _AT_REST:
         return replace(sandbox, expires_at=None)
-    if sandbox.status is Status.RUNNING and sandbox.expires_at is None:
+    # One that failed to start has an end, too.
+    has_begun = sandbox.status in (Status.RUNNING, Status.FAILED)
+    if has_begun and sandbox.expires_at is None:
         return replace(sandbox, expires_at=now + timedelta(seconds=sandbox.lives_s))
     return sandbox
 
