@@ -29,7 +29,7 @@ from sandyard.server.core.states import Status
 from sandyard.server.drivers.contract import End
 from sandyard.server.drivers.fake import Conduct, FakeHost
 from sandyard.server.node.agent import AgentLink
-from sandyard.server.node.host.disks import total_memory_mib
+from sandyard.server.node.host.disks import free_mib, total_memory_mib
 from sandyard.server.node.machines import process
 from sandyard.server.node.node import Node
 from sandyard.server.service.sandboxes import build
@@ -974,6 +974,18 @@ async def test_waiting_machines_give_way_to_somebody_who_asks(tmp_path: Path) ->
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "no_capacity"
         assert "Retry-After" in refused.headers
+
+
+async def test_waiting_machines_give_way_to_a_sandbox_that_needs_their_disk(tmp_path: Path) -> None:
+    # Two that wait may use 28 GB of that.
+    overcommit = max(0.1, 35_000 / free_mib(tmp_path))
+    shutil.copy(Settings().templates_dir / "base-ubuntu.toml", tmp_path)
+    async with open_yard(
+        tmp_path, pool=2, disk_overcommit=overcommit, disk_reserve_mib=10**6, templates_dir=tmp_path
+    ) as yard:
+        await eventually(lambda: pool_is(yard, 2))
+        box = await yard.create(resources={"memory": "8GB"})
+        assert box["status"] == "running"
 
 
 @contextmanager

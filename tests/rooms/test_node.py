@@ -183,7 +183,7 @@ async def test_a_resume_that_comes_twice_is_done_once(
                 raise NoCapacityError("short")
             check(*args, **kwargs)
 
-        async def give_way(memory_mib: int) -> bool:
+        async def give_way(memory_mib: int, disk_mib: int) -> bool:
             await gives_way.wait()
             return True
 
@@ -500,7 +500,7 @@ async def test_a_machine_of_the_pool_goes_whole_though_nobody_waits_for_that(
         pool = held.node._pool
         await until(lambda: any(pool.facts()) and all(o.size == o.target for o in pool.facts()))
         pool._has_room = lambda shape: False  # nothing more is made
-        making_way = asyncio.create_task(pool.give_way(512))
+        making_way = asyncio.create_task(pool.give_way(512, 0))
         await asyncio.sleep(0)
         making_way.cancel()
         await asyncio.wait([making_way])

@@ -56,6 +56,18 @@ def test_totals_are_those_of_what_is_counted(
         )
 
 
+def test_no_machine_reserves_more_of_the_disk_than_the_limit() -> None:
+    ledger = Ledger(DrivenClock(), disk_most_mib=100)
+    small, large = One(Promise(disk_mib=60)), One(Promise(disk_mib=10_000))
+    for one in (small, large):
+        ledger.enter(one)
+    assert ledger.totals().disk_left_mib == 160
+    assert [ledger.disk_left_mib(one) for one in (small, large)] == [60, 100]
+    large.used = 9_950
+    ledger.enter(large)
+    assert ledger.disk_left_mib(large) == 50
+
+
 async def test_the_disk_is_read_again_for_a_few_that_were_not_read_for_long() -> None:
     clock = DrivenClock()
     ledger = Ledger(clock)

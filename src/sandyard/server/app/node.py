@@ -60,6 +60,7 @@ def margins_of(settings: Settings) -> Margins:
         disk_floor_mib=own.disk_floor_mib,
         memory_overcommit=own.memory_overcommit,
         disk_overcommit=own.disk_overcommit,
+        disk_reserve_mib=own.disk_reserve_mib,
     )
 
 

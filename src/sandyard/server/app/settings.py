@@ -401,6 +401,12 @@ class NodeSettings(Section):
         description="How many times the free disk space may be allocated. When the disk is "
         "full, machines are stopped until there is space.",
     )
+    disk_reserve_mib: int = Field(
+        256,
+        ge=0,
+        description="How much of the free disk space is reserved at most for what one machine may "
+        "still write. A machine whose whole disk exceeds the allocatable space is refused.",
+    )
 
     @model_validator(mode="after")
     def _kernel_of_modules(self) -> Self:

@@ -56,7 +56,8 @@ class Capacity:
         try:
             self._admission.check(shape, count=count, is_promised=is_promised)
         except NoCapacityError:
-            missing = self._admission.missing_memory_mib(shape, count=count)
-            if not await self._pool.give_way(missing):
+            memory_mib = self._admission.missing_memory_mib(shape, count=count)
+            disk_mib = 0 if is_promised else self._admission.missing_disk_mib(shape, count=count)
+            if not await self._pool.give_way(memory_mib, disk_mib):
                 raise
             self._admission.check(shape, count=count, is_promised=is_promised)

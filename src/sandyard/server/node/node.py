@@ -89,7 +89,7 @@ class Node:
         self._removed: OrderedDict[str, tuple[int, int]] = OrderedDict()
         boots = Turns(means.limits.boots_at_once)
         restores = Turns(means.limits.restores_at_once)
-        self._ledger = Ledger(means.clock)
+        self._ledger = Ledger(means.clock, disk_most_mib=margins.disk_most_mib)
         self._admission = Admission(means.records.machines_dir, margins, self._ledger.totals)
         self._pressure = Pressure(
             home,

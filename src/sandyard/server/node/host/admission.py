@@ -30,6 +30,12 @@ class Margins:
     disk_floor_mib: int
     memory_overcommit: float
     disk_overcommit: float
+    disk_reserve_mib: int
+
+    @property
+    def disk_most_mib(self) -> int:
+        """The most that is reserved of the disk for one machine, before it is overcommitted."""
+        return int(self.disk_reserve_mib * self.disk_overcommit)
 
 
 @dataclass(frozen=True)
@@ -114,13 +120,23 @@ class Admission:
             )
         if (lack := lacks_files(self._folder)) is not None:
             raise NoCapacityError(f"cannot start a machine: {lack}; remove some files")
-        # A machine that is paused puts its memory beside its disk.
-        wanted = 0 if shape is None else (shape.disk_mib + shape.memory_mib) * count
-        if shape is not None and wanted > self._disk_left_mib(totals):
+        if shape is not None and self._missing_disk_mib(shape, count, totals) > 0:
             raise NoCapacityError(
                 f"cannot start {_machines(count)} with a disk of {shape.disk_mib} MB: the host's "
                 "disk is promised to others; delete a sandbox or a snapshot and try again"
             )
+
+    def missing_disk_mib(self, shape: Shape, *, count: int = 1) -> int:
+        """Return how much disk is missing for this many more machines; 0 if none."""
+        return max(0, self._missing_disk_mib(shape, count, self._totals()))
+
+    def _missing_disk_mib(self, shape: Shape, count: int, totals: Totals) -> int:
+        # A machine that is paused puts its memory beside its disk.
+        whole = shape.disk_mib + shape.memory_mib
+        left = self._disk_left_mib(totals)
+        # Few fill their disks. One alone has to fit as a whole.
+        wanted = min(whole, self._margins.disk_most_mib) * count
+        return max(wanted - left, whole - left - totals.disk_left_mib)
 
     def _disk_left_mib(self, totals: Totals) -> int:
         self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ They are added up from the machines' own state whenever they are needed, so ther
 in step. Only the disk space that each uses is remembered, because finding out reads the disk.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -27,7 +28,8 @@ class Promise(NamedTuple):
 
 @dataclass(frozen=True)
 class Totals:
-    """Total reservations; for disks, only the space that is not used yet."""
+    """Total reservations; for disks, only the space that is not used yet, up to a limit for each
+    machine."""
 
     memory_mib: int = 0
     disk_left_mib: int = 0
@@ -51,8 +53,10 @@ class Counted(Protocol):
 class Ledger:
     """Adds up reservations."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, disk_most_mib: float = math.inf) -> None:
+        """Count at most `disk_most_mib` of the space that one machine does not use yet."""
         self._clock = clock
+        self._disk_most_mib = disk_most_mib
         # When the disk space of each was read, and what it was; the oldest reading first.
         self._used: OrderedDict[Counted, tuple[float, int]] = OrderedDict()
 
@@ -81,9 +85,17 @@ class Ledger:
         for one, (_, used_mib) in self._used.items():
             promise = one.promise
             memory_mib += promise.memory_mib
-            disk_left_mib += max(0, promise.disk_mib - used_mib)
+            disk_left_mib += self._left(promise, used_mib)
             coming += promise.coming
         return Totals(memory_mib, disk_left_mib, coming)
+
+    def disk_left_mib(self, one: Counted) -> int:
+        """Return how much of the reserved disk space a machine does not use yet."""
+        _, used_mib = self._used.get(one, (0.0, 0))
+        return self._left(one.promise, used_mib)
+
+    def _left(self, promise: Promise, used_mib: int) -> int:
+        return int(min(max(0, promise.disk_mib - used_mib), self._disk_most_mib))
 
     def _read(self, one: Counted) -> None:
         self._used.pop(one, None)

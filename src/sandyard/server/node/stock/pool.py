@@ -187,21 +187,25 @@ class Pool:
             if one.shape.disk_mib <= disk_mib and one.has_answered(since=since):
                 yield one
 
-    async def give_way(self, memory_mib: int) -> bool:
-        """End waiting machines until this much reserved memory is free; return False, and end none,
-        if all of them would not be enough."""
+    async def give_way(self, memory_mib: int, disk_mib: int) -> bool:
+        """End waiting machines until this much reserved memory and disk is free; return False, and
+        end none, if all of them would not be enough."""
         shelves = list(self._shelves.values())
-        waiting = (one for shelf in shelves for one in shelf.members)
-        if sum(one.shape.memory_mib for one in waiting) < memory_mib:
+        waiting = [one for shelf in shelves for one in shelf.members]
+        if (
+            sum(one.shape.memory_mib for one in waiting) < memory_mib
+            or sum(map(self._ledger.disk_left_mib, waiting)) < disk_mib
+        ):
             return False
-        freed = 0
+        freed_mib = freed_disk_mib = 0
         for shelf in shelves:
-            while shelf.members and freed < memory_mib:
+            while shelf.members and (freed_mib < memory_mib or freed_disk_mib < disk_mib):
                 one = shelf.members.pop()
                 shelf.failed_at = self._means.clock.monotonic()
-                freed += one.shape.memory_mib
+                freed_mib += one.shape.memory_mib
+                freed_disk_mib += self._ledger.disk_left_mib(one)
                 await to_the_end(self._discard(one))
-        return freed >= memory_mib
+        return freed_mib >= memory_mib and freed_disk_mib >= disk_mib
 
     # --- the keeper -------------------------------------------------------------------------
 
