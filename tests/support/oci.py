@@ -5,8 +5,8 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 _CONFIG = "application/vnd.oci.image.config.v1+json"
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
@@ -53,10 +53,12 @@ def tree(files: Mapping[str, bytes], *, mode: int = 0o755) -> bytes:
     return layer(file_entry(name, data, mode=mode) for name, data in files.items())
 
 
-def _config_of(layers: list[bytes], config: Mapping[str, Any]) -> bytes:
+def _config_of(
+    layers: list[bytes], config: Mapping[str, Any], architecture: str = "amd64"
+) -> bytes:
     return json.dumps(
         {
-            "architecture": "amd64",
+            "architecture": architecture,
             "os": "linux",
             "config": dict(config),
             "rootfs": {"type": "layers", "diff_ids": [_name(one) for one in layers]},
@@ -65,13 +67,42 @@ def _config_of(layers: list[bytes], config: Mapping[str, Any]) -> bytes:
 
 
 def oci_layout(
-    layers: list[bytes], config: Mapping[str, Any], *, compress: bool = False
+    layers: list[bytes],
+    config: Mapping[str, Any],
+    *,
+    compress: Literal["", "gzip", "zstd"] = "",
+    architecture: str = "amd64",
 ) -> dict[str, bytes]:
     """Return the files of an OCI layout with one image."""
-    packed = [
-        (gzip.compress(one), f"{_LAYER}+gzip") if compress else (one, _LAYER) for one in layers
-    ]
-    return _layout(packed, _config_of(layers, config))
+    kind = f"{_LAYER}+{compress}" if compress else _LAYER
+    packed = [(_PACKERS[compress](one), kind) for one in layers]
+    return _layout(packed, _config_of(layers, config, architecture))
+
+
+def several(*layouts: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the files of an OCI layout with the images of several."""
+    whole: dict[str, bytes] = {}
+    manifests: list[object] = []
+    for one in layouts:
+        whole |= one
+        manifests += json.loads(one["index.json"])["manifests"]
+    index = {"schemaVersion": 2, "manifests": manifests}
+    return {**whole, "index.json": json.dumps(index).encode()}
+
+
+def _zstd(data: bytes) -> bytes:
+    """Return data as a frame of zstd (RFC 8878) with blocks that are not compressed."""
+    pieces = [data[at : at + 131072] for at in range(0, len(data), 131072)] or [b""]
+    blocks = b"".join(
+        ((len(one) << 3) | (number == len(pieces) - 1)).to_bytes(3, "little") + one
+        for number, one in enumerate(pieces)
+    )
+    return b"\x28\xb5\x2f\xfd\xa0" + len(data).to_bytes(4, "little") + blocks
+
+
+_PACKERS: Mapping[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data, "gzip": gzip.compress, "zstd": _zstd,
+}  # fmt: skip
 
 
 def _layout(layers: list[tuple[bytes, str]], config: bytes) -> dict[str, bytes]:
@@ -95,9 +126,11 @@ def _layout(layers: list[tuple[bytes, str]], config: bytes) -> dict[str, bytes]:
     }
 
 
-def oci_archive(layers: list[bytes], config: Mapping[str, Any]) -> bytes:
+def oci_archive(
+    layers: list[bytes], config: Mapping[str, Any], *, architecture: str = "amd64"
+) -> bytes:
     """Return an OCI layout in a tar archive."""
-    return tree(oci_layout(layers, config), mode=0o644)
+    return tree(oci_layout(layers, config, architecture=architecture), mode=0o644)
 
 
 def docker_archive(

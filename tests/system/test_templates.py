@@ -25,6 +25,8 @@ from tests.support.oci import (
     link_entry,
     oci_archive,
     oci_layout,
+    several,
+    tree,
 )
 from tests.support.ports import free_port
 from tests.support.registry import (
@@ -213,12 +215,31 @@ def test_an_image_of_one_program_is_a_template(server: RealServer, busybox: byte
     wait_until(lambda: not folder.exists(), limit_s=150, what="its bytes are gone")
 
 
+def test_the_image_for_sandboxes_is_taken_from_an_archive_of_several(
+    server: RealServer, busybox: bytes
+) -> None:
+    lower = layer(
+        [
+            file_entry("bin/busybox", busybox, mode=0o755), folder_entry("d"),
+            file_entry("d/hidden", b"x"), folder_entry("was"), file_entry("was/in", b"x"),
+        ]
+    )  # fmt: skip
+    upper = layer([file_entry("d/.wh.hidden"), file_entry("was", b"a file now\n")])
+    ours = oci_layout([lower, upper], {"Cmd": ["/bin/busybox", "sleep", "9"]}, compress="zstd")
+    theirs = oci_layout([tree({"theirs": b"x"})], {}, architecture="arm64")
+    archive = tree(several(theirs, ours), mode=0o644)
+    built(server, "chosen", upload=upload(server, archive))
+    box = server.create(template="chosen")["id"]
+    assert server.execute(box, "ls /d; cat /was; ls /theirs")["stdout"] == "a file now\n"
+    server.delete(box)
+
+
 def test_an_image_is_pulled_and_pinned(
     server: RealServer, busybox: bytes, repositories: Path
 ) -> None:
     layers = [layer([file_entry("bin/busybox", busybox, mode=0o755), folder_entry("srv")])]
     files = oci_layout(
-        layers, {"Env": ["A=b"], "Cmd": ["/bin/busybox", "sleep", "9"]}, compress=True
+        layers, {"Env": ["A=b"], "Cmd": ["/bin/busybox", "sleep", "9"]}, compress="zstd"
     )
     for name in ("busy", "liar", "elsewhere"):
         put(repositories, name, files)
@@ -359,6 +380,7 @@ COPY --from=made /etc/passwd /etc/passwd
 ENV COLOR="dark blue"
 WORKDIR /app
 USER app
+ONBUILD RUN ["false"]
 """
 
 
@@ -387,7 +409,7 @@ def test_a_dockerfile_is_built_and_steps_are_added_to_what_it_made(
     (folder / "Dockerfile").write_text(f"{DOCKERFILE}RUN true\n")
     done = server.run("template", "build", f"{folder}/", limit_s=BUILD_LIMIT_S, check=False)
     assert "dock:2 is ready" in done.stdout, (done.stdout, done.stderr)
-    assert done.stdout.count("Using cache") == 10  # all instructions that make a layer
+    assert done.stdout.count("Using cache") == 11  # all instructions that make a layer
 
     # A third version, on the second one.
     files = [{"path": "/opt/deep/a file", "contents": "of mine", "mode": "600"}]
@@ -544,7 +566,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
          "run": [r"cat; printf '\033[2J\033]0;title\007\n'; yes flood | head -n 600000", "exit 9"]},
         "ended with 9",
     ),
-    "a command that ends everything": ({"base": "base-minimal", "run": ["kill -9 -1"]}, ""),
+    "a command that ends everything": (
+        {"base": "base-minimal", "run": ["kill -9 -1"]}, "the agent included",
+    ),
+    "an image of another architecture": (
+        {"upload": oci_archive([tree({"a": b"x"})], {}, architecture="arm64")},
+        "it is for linux/arm64, and sandboxes need linux/amd64",
+    ),
     "a full disk": (
         {"base": "base-minimal", "defaults": {"disk": "1GB"},
          "run": ["dd if=/dev/zero of=/big bs=1M"]},

@@ -135,6 +135,8 @@ def test_an_images_own_settings_are_read() -> None:
     assert read_config(by_buildah.encode()).check == "x"
     assert read_config(config(Healthcheck={"Test": ["NONE"]})).check is None
     assert read_config(b"{}").command == ()
+    with pytest.raises(InvalidArgumentError, match=r"linux/arm64, and sandboxes need linux/amd64"):
+        read_config(b'{"os": "linux", "architecture": "arm64"}')
 
 
 @pytest.mark.parametrize(

@@ -381,10 +381,9 @@ class BuildTable:
 
     async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:
         """See core.contracts.store.BuildRows.append."""
-        for one in lines:
-            await self._connection.execute(
-                insert(t.build_lines).values(build_id=build_id, **vars(one))
-            )
+        if lines:
+            rows = [{"build_id": build_id, **vars(one)} for one in lines]
+            await self._connection.execute(insert(t.build_lines), rows)
 
     async def read(self, build_id: str, *, after: int, limit: int) -> list[BuildLine]:
         """See core.contracts.store.BuildRows.read."""

@@ -68,7 +68,7 @@ from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation, NewSandbox
 from sandyard.server.service.sandboxes.files import Files
 from sandyard.server.service.sandboxes.platform import Platform
-from sandyard.server.service.sandboxes.processes import Output, Processes
+from sandyard.server.service.sandboxes.processes import Following, Output, Processes, Which
 from sandyard.server.service.sandboxes.reach import Use
 from sandyard.server.service.templates.templates import LATEST, REMOVED, Chosen, Templates
 from sandyard.server.tasks import Crew, concurrently, to_the_end
@@ -85,6 +85,8 @@ _LOGS_KEPT: Final = 20
 """Logs of ended builds that are kept of each template."""
 _START_S: Final = 300.0
 _FLUSH_S: Final = 0.5
+_LINES_AT_ONCE: Final = 1000
+_AGENT_BACK_S: Final = 30.0
 _AGAIN_S: Final = 3.0
 _LOOK_AGAIN_S: Final = 0.2
 _GOING_S: Final = 120.0
@@ -470,10 +472,10 @@ class _Job:
                 await self._phase("pull")
                 env = registry | {"IMAGE": _pinned(wish.image)}
                 await self._shell(box, recipes.FIND_IMAGE, env)
+                config = await self._config_in(box)
                 said = await self._read(box, f"{recipes.FOLDER}/digest", 200)
                 digest = printable(said.decode(errors="replace").strip())
                 source = {"image": wish.image, "digest": digest}
-                config = await self._config_in(box)
                 origin = ["image", digest]
                 begun = _Begun(config, source, origin)
                 if await self._step_kept(wish, begun) is not None:
@@ -487,6 +489,7 @@ class _Job:
             else:
                 await self._phase("unpack")
                 await self._shell(box, recipes.FETCH_UPLOAD)
+                await self._config_in(box)  # refused before all of it is unpacked
                 source = {"upload": wish.upload}
                 known = await house.uploads.find(self._actor, str(wish.upload), field="upload")
                 origin = ["upload", known.digest]
@@ -808,22 +811,51 @@ class _Job:
         Raises:
             ConflictError: it failed, or the machine ended.
         """
-        wish = ops.Run(command=command, cwd=cwd, env=dict(env or {}), user=user)
+        # Its end is kept, so that an agent that knows nothing of it was started again since.
+        wish = ops.Run(command=command, cwd=cwd, env=dict(env or {}), user=user, keeps_end=True)
+        pid = 0
+        try:
+            async with self._house.processes.run(self._actor, box.id, wish, _USE) as following:
+                pid = following.pid
+                await self._follow(following)
+        except UnavailableError as error:
+            if pid and await self._was_forgotten(box, pid):
+                raise ConflictError(
+                    "it ended every process of its machine, the agent included, as `kill -9 -1` "
+                    "does"
+                ) from error
+            raise
+
+    async def _follow(self, following: Following) -> None:
         text = Lines()
-        async with self._house.processes.run(self._actor, box.id, wish, _USE) as following:
-            async for event in following.events():
-                if isinstance(event, Output):
-                    # What is cut off is not worth being taken apart.
-                    for one in text.feed(event.data) if self._log_left > 0 else ():
-                        await self._say(one)
-                    continue
-                for one in text.end():
+        async for event in following.events():
+            if isinstance(event, Output):
+                # What is cut off is not worth being taken apart.
+                for one in text.feed(event.data) if self._log_left > 0 else ():
                     await self._say(one)
-                if event.exit_code != 0:
-                    how = f"by {event.signal}" if event.signal else f"with {event.exit_code}"
-                    raise ConflictError(f"a command ended {how}; the log shows what it said")
-                return
+                continue
+            for one in text.end():
+                await self._say(one)
+            if event.exit_code != 0:
+                how = f"by {event.signal}" if event.signal else f"with {event.exit_code}"
+                raise ConflictError(f"a command ended {how}; the log shows what it said")
+            return
         raise UnavailableError("the machine of the build ended during a command")
+
+    async def _was_forgotten(self, box: Sandbox, pid: int) -> bool:
+        """Tell whether the agent of a machine answers, and does not know a process any more."""
+        clock = self._house.clock
+        until = clock.monotonic() + _AGENT_BACK_S
+        while clock.monotonic() < until:
+            try:
+                await self._house.processes.get(self._actor, box.id, Which(pid=pid))
+            except NotFoundError:
+                return True
+            except UnavailableError:  # it is about to start
+                await clock.sleep(_LOOK_AGAIN_S)
+            else:
+                return False
+        return False
 
     async def _write(
         self, box: Sandbox, path: str, body: AsyncIterator[bytes], *, mode: int = 0o644
@@ -858,7 +890,7 @@ class _Job:
         self._build = replace(self._build, lines=number)
         at = self._house.clock.now()
         self._lines.append(BuildLine(number, at, self._build.phase, shown))
-        if len(self._lines) >= 200:
+        if len(self._lines) >= _LINES_AT_ONCE:
             await self._flush()
 
     async def _flush(self) -> None:

@@ -17,6 +17,7 @@ CONFIG_MAX: Final = 1024 * 1024
 _ENV_MAX = 64 * 1024
 _WORDS_MAX = 1024
 _OS_MAX = 80
+_PLATFORM: Final = "linux/amd64"
 _NOT_USED: Final = {
     "Volumes": "VOLUME: a sandbox's whole disk is its own and is kept",
     "ExposedPorts": "EXPOSE: every port can be reached by a preview",
@@ -52,6 +53,7 @@ def read_config(data: bytes) -> ImageConfig:
         config = whole.get("config") or {}
         if not isinstance(config, dict):
             raise TypeError("config is not an object")
+        _check_platform(whole)
         entry, arguments = _words(config.get("Entrypoint")), _words(config.get("Cmd"))
         return ImageConfig(
             env=_env(config.get("Env") or []),
@@ -65,6 +67,15 @@ def read_config(data: bytes) -> ImageConfig:
         raise InvalidArgumentError(
             f"cannot read the configuration of the image: {printable(str(error)[:200])}"
         ) from error
+
+
+def _check_platform(whole: Mapping[str, Any]) -> None:
+    found = f"{_text(whole.get('os')) or 'linux'}/{_text(whole.get('architecture')) or 'amd64'}"
+    if found != _PLATFORM:
+        raise InvalidArgumentError(
+            f"cannot use the image: it is for {printable(found)[:_OS_MAX]}, and sandboxes need "
+            f"{_PLATFORM}; choose or build one for that"
+        )
 
 
 def _text(value: object) -> str:

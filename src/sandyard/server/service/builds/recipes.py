@@ -6,7 +6,10 @@ Dockerfiles, archives) is hostile, and meets nothing but the machine, which belo
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
+
+from sandyard.server.service.builds import archive
 
 FOLDER: Final = "/var/lib/containers/build"
 """Where the builder works: on its disk itself, where an overlay may lie on it."""
@@ -24,19 +27,34 @@ _COPY_FOLDER: Final = "/run/sandyard/disk/copy"
 LOGIN_FILE: Final = "/run/sandyard/disk/login"
 ARCHIVE: Final = f"{_COPY_FOLDER}/archive"
 """Where the archive of a COPY is put."""
-_BUSYBOX: Final = "/run/sandyard/tools/usr/bin/busybox"
+BUSYBOX: Final = "/run/sandyard/tools/usr/bin/busybox"
+"""The programs that every machine has, whatever its template lacks."""
+
+_FIRST_PLATFORM: Final = """
+import json, sys
+every = [one.get("platform") or {} for one in json.load(sys.stdin)["manifests"]]
+json.dump(next(one for one in every if one.get("os") not in (None, "unknown")), sys.stdout)
+"""
 
 PREPARE: Final = f"set -eu\nmkdir -p {FOLDER}\n"
 
-# First to a layout on the disk: skopeo verifies all digests, and what unpacks does not. A tag may
-# move meanwhile, so everything after the first look is by digest.
+# A tag may move meanwhile, so everything after the first look is by digest. skopeo verifies all
+# digests of what it fetches. Layers stay as they are: to compress them, or to hash them once more,
+# takes minutes on an emulated processor.
 FIND_IMAGE: Final = f"""
 set -eu
 cd {FOLDER}
 export TMPDIR={FOLDER}
 from=docker://$IMAGE
 amd64='--override-os linux --override-arch amd64'
-skopeo $amd64 inspect --retry-times 5 --format '{{{{.Digest}}}}' "$from" >digest
+if ! skopeo $amd64 inspect --retry-times 5 --format '{{{{.Digest}}}}' "$from" >digest 2>why; then
+    cat why >&2
+    grep -q 'no image found in' why || exit 1
+    # Of another platform alone: an entry of its index names that as a configuration does.
+    skopeo inspect --retry-times 5 --raw "$from" | python3 -I -c {shlex.quote(_FIRST_PLATFORM)} \\
+        >config.json
+    exit 0
+fi
 case $IMAGE in
 *@*) ;;
 *) name=${{IMAGE##*/}}; from=docker://${{IMAGE%"$name"}}${{name%%:*}}@$(cat digest) ;;
@@ -51,29 +69,70 @@ set -eu
 cd {FOLDER}
 export TMPDIR={FOLDER}
 skopeo --override-os linux --override-arch amd64 copy --insecure-policy --retry-times 5 \\
-    "$(cat from)" oci:image:latest
+    --format oci "$(cat from)" dir:image
+skopeo inspect --format '{{{{range .Layers}}}}{{{{println .}}}}{{{{end}}}}' dir:image |
+    sed -n 's/^sha256:/image\\//p' >layers
 """
 
 FETCH_UPLOAD: Final = f"""
 set -eu
 cd {FOLDER}
-export TMPDIR={FOLDER}
-kind=docker-archive:{UPLOAD}
-if tar -tf {UPLOAD} 2>/dev/null | grep -qx -e oci-layout -e ./oci-layout; then
-    mkdir layout
-    tar -C layout -xf {UPLOAD}
-    kind=oci:layout
-fi
-skopeo inspect --config --raw "$kind" >config.json
-skopeo copy --insecure-policy "$kind" oci:image:latest
+mkdir image
+tar -C image -b 512 -xf {UPLOAD}
+rm {UPLOAD}
+python3 -I -c {shlex.quote(Path(archive.__file__).read_text())}
 """
 
-UNPACK: Final = f"""
+# A layer is unpacked by a tar inside the tree: a link that an earlier layer made leads to where it
+# will lead later. From a file and in large blocks: a pipe takes four times as long when it is
+# emulated. tar's --recursive-unlink would empty every folder that a layer names again.
+_UNPACK = r"""
 set -eu
-cd {FOLDER}
-umoci raw unpack --image image:latest tree
-rm -rf image upload layout
+cd @FOLDER@
+export LC_ALL=C
+mkdir -p tree/.sandyard
+cp @BUSYBOX@ tree/.sandyard/busybox
+cp -L /usr/bin/tar $(ldd /usr/bin/tar | grep -o '/[^ ]*') tree/.sandyard
+within() { chroot tree /.sandyard/"$@"; }
+extract() {
+    within ld-linux-x86-64.so.2 --library-path /.sandyard /.sandyard/tar --extract --file=- \
+        --quoting-style=escape --blocking-factor=512 --absolute-names --numeric-owner \
+        --preserve-permissions --xattrs --xattrs-include='*' --exclude='.wh.*' \
+        --warning=no-timestamp <"$layer"
+}
+remove='
+b=/.sandyard/busybox
+while IFS= read -r one; do
+    case $one in *\\*) one=$(printf "%b." "$one") one=${one%.} ;; esac
+    name=${one##*/} folder=/${one%"$name"}
+    case $name in
+    .wh..wh..opq)
+        [ ! -d "$folder" ] ||
+            $b find "$folder" -mindepth 1 -maxdepth 1 ! -name .sandyard -exec $b rm -rf {} + ;;
+    .wh..wh.* | .wh. | .wh.. | .wh...) ;;
+    .wh.*) $b rm -rf "$folder${name#.wh.}" ;;
+    *) $b rm -rf "/$one" ;;
+    esac
+done'
+while read -r layer; do
+    case $(od -An -tx1 -N4 "$layer") in
+    " 1f 8b"*) pigz -dc "$layer" >layer; layer=layer ;;
+    " 28 b5 2f fd") zstd -qdc "$layer" >layer; layer=layer ;;
+    esac
+    tar --list --file="$layer" --blocking-factor=512 --absolute-names \
+        --quoting-style=escape >names
+    # What it hides of the layers before it goes first.
+    if grep -E '(^|/)\.wh\.[^/]*$' names >hidden; then within busybox sh -c "$remove" <hidden; fi
+    if ! extract 2>errors; then  # a file does not take the place of a folder that has files
+        sed -n 's/^[^:]*tar: \(.*\): Cannot .*: File exists$/\1/p' errors | sed 's/\\:/:/g' >hidden
+        [ -s hidden ] || { cat errors >&2; exit 1; }
+        within busybox sh -c "$remove" <hidden
+        extract
+    fi
+done <layers
+rm -rf tree/.sandyard image layer layers names hidden errors
 """
+UNPACK: Final = _UNPACK.replace("@FOLDER@", FOLDER).replace("@BUSYBOX@", BUSYBOX)
 
 BUILD: Final = f"""
 set -eu
@@ -94,7 +153,11 @@ buildah --storage-driver overlay bud --format docker --layers --isolation chroot
     --ulimit "nofile=$(hard -n):$(hard -n)" --ulimit "nproc=$(hard -u):$(hard -u)" \\
     "$@" --iidfile image-id --file Dockerfile --tag build context
 buildah --storage-driver overlay inspect --type image build >config.json
-container=$(buildah --storage-driver overlay from --pull=never localhost/build)
+# The format of OCI has no ONBUILD, which is for builds on this image: `from` would run it here.
+store='[overlay@/var/lib/containers/storage+/run/containers/storage]'
+skopeo copy --quiet --insecure-policy --format oci \\
+    "containers-storage:${{store}}localhost/build" "containers-storage:${{store}}localhost/plain"
+container=$(buildah --storage-driver overlay from --pull=never localhost/plain)
 ln -s "$(buildah --storage-driver overlay mount "$container")" tree
 """
 
@@ -102,6 +165,7 @@ ln -s "$(buildah --storage-driver overlay mount "$container")" tree
 KEEP_LAYERS: Final = f"""
 set -eu
 buildah --storage-driver overlay rm --all >/dev/null
+buildah --storage-driver overlay rmi localhost/plain >/dev/null 2>&1 || true
 rm -rf {FOLDER} {ROOT_FILE} {OS_FILE} {COMMAND_FILE}
 set -- $(df -P /var/lib/containers | tail -n 1)
 if [ "${{5%%%}}" -gt 50 ]; then
@@ -145,7 +209,7 @@ if [ -r /etc/os-release ]; then $b head -c 4096 /etc/os-release >/.sandyard/os-r
 _PACK = f"""
 set -eu
 tree=$1
-b={_BUSYBOX}
+b={BUSYBOX}
 $b rm -rf "$tree/.sandyard"
 $b mkdir "$tree/.sandyard"
 $b cp $b "$tree/.sandyard/busybox"
@@ -160,8 +224,8 @@ $b chroot /run/sandyard/tools /usr/bin/mkfs.erofs --quiet /proc/1/root{ROOT_FILE
 PACK_TREE: Final = f'set -eu\nset -- "$(readlink -f {FOLDER}/tree)"\n{_PACK}'
 PACK_SELF: Final = f"""
 set -eu
-{_BUSYBOX} mkdir -p /run/sandyard/pack
-{_BUSYBOX} mount --bind / /run/sandyard/pack
+{BUSYBOX} mkdir -p /run/sandyard/pack
+{BUSYBOX} mount --bind / /run/sandyard/pack
 set -- /run/sandyard/pack
 {_PACK}
 """
@@ -170,12 +234,12 @@ set -- /run/sandyard/pack
 CHECK_TOOLS: Final = "[ -x /run/sandyard/tools/usr/bin/mkfs.erofs ]"
 
 
-TELL_LOGIN: Final = f"{_BUSYBOX} env -0 >{LOGIN_FILE}"
+TELL_LOGIN: Final = f"{BUSYBOX} env -0 >{LOGIN_FILE}"
 
 # The busybox of the tools disk is used because an image may lack these commands.
 _FOLDERS = f"""
 set -eu
-b={_BUSYBOX}
+b={BUSYBOX}
 case $TARGET in
 "~" | "~/"*)
     home=$($b awk -F: -v "who=${{WHO%%:*}}" '$1 == who || $3 == who {{ print $6; exit }}' \\
@@ -196,7 +260,7 @@ MAKE_WORKDIR: Final = f'{_FOLDERS}\nmake "$TARGET"\n'
 
 ADD_USER: Final = f"""
 set -eu
-b={_BUSYBOX}
+b={BUSYBOX}
 name=${{NAME%%:*}}
 case $name in *[!0-9]*) ;; *) exit 0 ;; esac  # a number needs no entry
 found=$($b awk -F: -v "who=$name" '$1 == who {{ print 1; exit }}' /etc/passwd)
