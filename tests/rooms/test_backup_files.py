@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from tests.support.house import Yard, open_yard, settings_of
 from sandyard.server.app import backup_files
 from sandyard.server.app.backup_files import Include
 from sandyard.server.app.backups import About, backup, compare, restore
-from sandyard.server.core.errors import UnavailableError, UnsupportedError
+from sandyard.server.core.errors import ConflictError, UnavailableError, UnsupportedError
 from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
+from sandyard.server.links.volumes import ImageVolumes
 from sandyard.server.node.images.versions import Versions
 
 WORD = "correct horse"
@@ -103,7 +105,7 @@ async def test_paused_machines_snapshots_and_workspaces_come_back_to_an_empty_ho
         about, said = await back_up(yard, file, *Include)
         assert about.include == ("paused", "snapshots", "templates", "workspaces")
         assert "copying 1 versions of templates" in said
-        assert "leaving out 1 sandboxes that are not paused" in said
+        assert f"leaving out {runs['id']}: it is not paused" in said
         await yard.act(runs, "pause")
         assert compare(settings, file, WORD)[1] == []
     shutil.rmtree(home)
@@ -163,6 +165,37 @@ async def test_what_is_there_is_newer_and_stays(tmp_path: Path) -> None:
     said.clear()
     await asyncio.to_thread(restore, settings, file, WORD, progress=said.append)
     assert f"leaving machines/{machine.name}: it is there" in said
+
+
+@pytest.mark.root
+async def test_a_workspace_whose_image_was_moved_away_is_restored_once_it_is_unmounted(
+    tmp_path: Path,
+) -> None:
+    home, file = tmp_path / "home", tmp_path / "b"
+    sections = {"workspaces": {"volumes": "images"}}
+    settings = settings_of(home, sections=sections)
+    async with open_yard(home, keep=True, sections=sections) as yard:
+        workspace = (await a_workspace(yard, "Work")).name
+        about = await asyncio.to_thread(backup, settings, file, WORD, include=Include)
+        assert "workspaces" in about.include
+        newest = (await a_workspace(yard, "Newer")).name
+    folder = settings.workspaces_dir
+    volumes = ImageVolumes(folder)
+    async with volumes.open(workspace, 2**30) as place:
+        assert place.is_mount()
+        for name in (f"{workspace}.ext4", f"{workspace}.base"):
+            if (folder / name).exists():
+                (folder / name).rename(tmp_path / name)
+        with pytest.raises(ConflictError, match=r"moved away while it is mounted.*umount"):
+            await asyncio.to_thread(restore, settings, file, WORD)
+        subprocess.run(["umount", place], check=True)
+    said = list[str]()
+    await asyncio.to_thread(restore, settings, file, WORD, progress=said.append)
+    assert f"putting the workspace {workspace} back" in said
+    assert any(one.startswith(f"the workspace {newest} is newer") for one in said)
+    async with volumes.open(workspace, 2**30) as place:
+        assert (place / "kept").read_text() == "kept"
+    await volumes.close()
 
 
 @pytest.mark.root

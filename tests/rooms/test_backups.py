@@ -31,6 +31,7 @@ from sandyard.server.core.errors import (
     ConflictError,
     DamagedError,
     InvalidArgumentError,
+    NoCapacityError,
     NotFoundError,
     SandyardError,
     UnavailableError,
@@ -136,6 +137,11 @@ def test_a_file_that_is_cut_or_altered_anywhere_is_refused_and_nothing_changes(
         harmed.write_bytes(data[:size])
         with pytest.raises(SandyardError, match="cannot read the backup"):
             restore(settings, harmed, WORD)
+    for more in (b"x", data):
+        harmed.write_bytes(data + more)
+        for reading in (restore, compare):
+            with pytest.raises(DamagedError, match="something was appended"):
+                reading(settings, harmed, WORD)
     for place in (1, 25, 44, 60, 2**20 + 100, len(data) - 5):
         harmed.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         with pytest.raises(SandyardError, match="cannot read the backup"):
@@ -187,7 +193,7 @@ def test_a_full_disk_leaves_no_part_of_a_backup(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UnavailableError, match="No space left"):
+    with pytest.raises(NoCapacityError, match=r"No space left.* is full; free some space"):
         backup(settings_of(home), tmp_path / "b", WORD)
     assert not list(tmp_path.glob("b*"))
     assert not list(home.glob(".sandyard-*"))

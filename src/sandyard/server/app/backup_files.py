@@ -31,9 +31,10 @@ from sandyard.server.app.installation import running_server
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import UNFINISHED, volumes_of
 from sandyard.server.core.contracts.node import Phase
-from sandyard.server.core.errors import DamagedError, UnavailableError
+from sandyard.server.core.errors import ConflictError, DamagedError, UnavailableError
 from sandyard.server.core.ids import is_uuid
 from sandyard.server.core.records import Workspace
+from sandyard.server.links.volumes import ImageVolumes
 from sandyard.server.node.machines.records import Record, Records
 from sandyard.server.tasks import in_thread
 
@@ -140,8 +141,10 @@ def _write_machines(settings: Settings, include: frozenset[Include], target: Tar
     home = settings.home
     machines = Records(home / "machines").all() if Include.PAUSED in include else []
     paused = _paused_of(machines)
-    if left := len([one for one in machines if one.sandbox_id]) - len(paused):
-        target.progress(f"leaving out {left} sandboxes that are not paused")
+    kept = {one.sandbox_id for one in paused}
+    for sandbox_id in sorted(one.sandbox_id for one in machines if one.sandbox_id):
+        if sandbox_id not in kept:
+            target.progress(f"leaving out {sandbox_id}: it is not paused")
     images = {f"machines/{one.id}": one.image for one in paused}
     if Include.SNAPSHOTS in include:
         images |= {f"snapshots/{name}": image for name, image in _snapshots_in(home)}
@@ -273,6 +276,51 @@ async def stopped_by(stop: threading.Event, work: Coroutine[Any, Any, _T]) -> _T
 def _has_volume(settings: Settings, workspace_id: str) -> bool:
     place = settings.workspaces_dir / workspace_id
     return place.exists() or place.with_name(f"{workspace_id}.ext4").exists()
+
+
+def _is_here(settings: Settings, workspace_id: str) -> bool:
+    """Tell whether a workspace has files here. Where it is an image, an empty directory of its name
+    is only where that was mounted."""
+    place = settings.workspaces_dir / workspace_id
+    if place.with_name(f"{workspace_id}.ext4").exists():
+        return True
+    if isinstance(volumes_of(settings), ImageVolumes):
+        return place.is_dir() and any(place.iterdir())
+    return place.exists()
+
+
+def check_moved(settings: Settings, found: Iterable[tuple[Contents, Path]]) -> None:
+    """Return if no workspace to be restored is still mounted from an image that was moved away:
+    what is mounted would be taken for it, and machines would go on writing to the moved one.
+
+    Raises:
+        ConflictError: one is; the message says what to do.
+    """
+    for contents, _ in found:
+        place = settings.workspaces_dir / contents.name
+        if contents.kind is not Kind.WORKSPACE or not place.is_mount():
+            continue
+        if place.with_name(f"{contents.name}.ext4").exists():
+            continue
+        users = sorted(
+            one.sandbox_id
+            for one in Records(settings.home / "machines").all()
+            if one.phase not in (Phase.PAUSED, Phase.DEAD)
+            and one.share is not None
+            and any(mount.workspace_id == contents.name for mount in one.share.mounts)
+        )
+        pause = f"start the server, pause {', '.join(users)}, stop it, " if users else ""
+        raise ConflictError(
+            f"cannot restore the workspace {contents.name}: its image was moved away while it is "
+            f"mounted at {place}; {pause}run `umount {place}`, and restore again"
+        )
+
+
+def workspaces_here(settings: Settings) -> set[str]:
+    """Return the ids of the workspaces that have files here."""
+    folder = settings.workspaces_dir
+    names = {one.stem for one in folder.iterdir()} if folder.is_dir() else set()
+    return {one for one in names if is_uuid(one) and _is_here(settings, one)}
 
 
 def _write_workspace(workspace: Workspace, place: Path, target: Target) -> bool:
@@ -458,7 +506,7 @@ def missing(settings: Settings, contents: Contents) -> list[str]:
     """Return what is in an archive and not here."""
     if contents.kind is Kind.WORKSPACE:
         name = contents.name
-        return [] if _has_volume(settings, name) else [f"workspaces/{name}"]
+        return [] if _is_here(settings, name) else [f"workspaces/{name}"]
     prefix = "images/" if contents.kind is Kind.IMAGES else ""
     root = settings.images_dir if contents.kind is Kind.IMAGES else settings.home
     return [f"{prefix}{one}" for one in contents.paths if not os.path.lexists(root / one)]
@@ -518,7 +566,7 @@ async def put_workspaces_back(
                 continue
             if (settings.workspaces_dir / f"{contents.name}{UNFINISHED}").exists():
                 await volumes_of(settings).remove(contents.name)  # a restore was killed
-            if _has_volume(settings, contents.name):
+            if _is_here(settings, contents.name):
                 progress(f"leaving the workspace {contents.name}: it is there")
                 continue
             progress(f"putting the workspace {contents.name} back")

@@ -10,6 +10,7 @@ The database is copied consistently while a server runs; of the rest, only files
 """
 
 import asyncio
+import errno
 import gzip
 import hashlib
 import itertools
@@ -43,11 +44,13 @@ from sandyard.server.app.backup_files import (
     Kind,
     Target,
     Unpacking,
+    check_moved,
     missing,
     put_back,
     put_workspaces_back,
     remove_tree,
     stopped_by,
+    workspaces_here,
     write_files,
 )
 from sandyard.server.app.database import refuse_node
@@ -59,6 +62,7 @@ from sandyard.server.core.errors import (
     ConflictError,
     DamagedError,
     IncompatibleError,
+    NoCapacityError,
     NotFoundError,
     UnavailableError,
     UnsupportedError,
@@ -163,7 +167,7 @@ def backup(
             finally:
                 part.unlink(missing_ok=True)
     except OSError as error:
-        raise UnavailableError(f"cannot write the backup: {error}") from error
+        raise _trouble("write the backup", error, file.absolute().parent) from error
     return about
 
 
@@ -206,9 +210,15 @@ def restore(
             for problem in files.problems:
                 progress(problem)
             _check_same(settings, about, force=force)
+            check_moved(settings, files.found)
             replaced = _put_back(settings, about, scratch, files.found, progress)
+            for one in sorted(_newer_workspaces(settings)):
+                progress(
+                    f"the workspace {one} is newer than the backup: nothing refers to it now, and "
+                    f"its files stay in {settings.workspaces_dir}"
+                )
     except OSError as error:
-        raise UnavailableError(f"cannot restore the backup: {error}") from error
+        raise _trouble("restore the backup", error, settings.home) from error
     return about, replaced
 
 
@@ -245,8 +255,29 @@ def compare(settings: Settings, file: Path, passphrase: str) -> tuple[About, lis
                 for name in missing(settings, contents)
             ]
     except OSError as error:
-        raise UnavailableError(f"cannot compare the backup: {error}") from error
+        raise _trouble("compare the backup", error, Path(tempfile.gettempdir())) from error
     return about, found
+
+
+def _newer_workspaces(settings: Settings) -> set[str]:
+    """Return the workspaces with files here that the restored database does not know."""
+    database = _sqlite_path(settings)
+    if database is None or not database.exists():
+        return set()  # it is known once the server runs
+    with suppress(sqlite3.Error), closing(sqlite3.connect(database)) as opened:
+        known = {str(one) for (one,) in opened.execute("SELECT id FROM workspaces")}
+        return workspaces_here(settings) - known
+    return set()
+
+
+def _trouble(what: str, error: OSError, folder: Path) -> UnavailableError:
+    """Return the error for a failure of this computer's files, which says if a disk is full."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoCapacityError(
+            f"cannot {what}: {error}: the disk of {folder} is full; free some space there, and run "
+            "it again"
+        )
+    return UnavailableError(f"cannot {what}: {error}")
 
 
 # --- scheduled backups ----------------------------------------------------------------------------

@@ -89,6 +89,8 @@ class SealedReader:
         """Verify what has not been read."""
         while not self._is_over:
             self._read_frame()
+        if self._file.read(1):
+            raise DamagedError("cannot read the backup: something was appended to the file")
 
     def _read_frame(self) -> None:
         size = int.from_bytes(self._file.read(4), "big")
