@@ -142,7 +142,7 @@ async def test_input_and_its_end(box: Box) -> None:
     assert (await box.call(f"{PROCESS}/CloseStdin", which)).json() == {}
     events, end = await followed
     assert end == {}
-    assert events[0]["start"]["pid"] == pid
+    assert events[0]["event"]["start"]["pid"] == pid
     assert events[-1]["event"]["end"]["exitCode"] == 0
     again, _ = await box.stream(f"{PROCESS}/Connect", which)  # its end is kept
     assert [list(one["event"]) for one in again] == [["start"], ["end"]]
