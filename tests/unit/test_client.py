@@ -1,5 +1,6 @@
 """The SDK without a server: what it asks, how it reads answers, when it asks again."""
 
+import errno
 import inspect
 import io
 import itertools
@@ -686,6 +687,7 @@ def test_what_code_reports_is_collected() -> None:
         ("exists", 409, sdk.ConflictError, FileExistsError),
         ("is_a_folder", 400, sdk.BadRequestError, IsADirectoryError),
         ("not_a_folder", 400, sdk.BadRequestError, NotADirectoryError),
+        ("no_space", 409, sdk.ConflictError, OSError),
     ],
 )
 def test_errors_about_files_are_pythons_too(
@@ -699,3 +701,12 @@ def test_errors_about_files_are_pythons_too(
     assert (str(error), error.message, error.status) == ("/a: it is so", "/a: it is so", status)
     assert issubclass(sdk.StillStartingError, sdk.NotReadyError | TimeoutError)
     assert issubclass(sdk.TimedOutError, TimeoutError)
+    assert issubclass(sdk.ConnectionFailedError, ConnectionError)
+
+
+def test_a_full_disk_has_its_number() -> None:
+    error = sdk.errors.error_of(
+        "/a: full", status=409, code="conflict", request_id="r", details={"reason": "no_space"}
+    )
+    assert isinstance(error, sdk.NoSpaceError)
+    assert (error.errno, str(error)) == (errno.ENOSPC, "/a: full")

@@ -357,7 +357,7 @@ class Sandbox(SandboxFacts):
         until = time.monotonic() + limit_s
         while self.status != "running":
             why = str((self.raw.get("statusReason") or {}).get("message", ""))
-            said = f"the sandbox {self.id} is {self.status}: {why or 'no reason'}"
+            said = f"the sandbox {self.id} is {self.status}{why and f': {why}'}"
             if self.status in BROKEN:
                 raise NotReadyError(said)
             if time.monotonic() >= until:

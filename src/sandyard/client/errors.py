@@ -1,6 +1,7 @@
 """Errors of the SDK. Those about files, processes and time are Python's own as well, such as
 `FileNotFoundError`."""
 
+import errno
 from collections.abc import Mapping
 
 
@@ -95,11 +96,27 @@ class NotFolderError(BadRequestError, NotADirectoryError):
     """The path leads to something other than a directory."""
 
 
+class NoSpaceError(ConflictError, OSError):
+    """The sandbox's disk, or the workspace, is full."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str,
+        request_id: str,
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message, status=status, code=code, request_id=request_id, details=details)
+        self.errno = errno.ENOSPC
+
+
 class TransferError(SandyardError):
     """A file or directory could not be copied; the message says why."""
 
 
-class ConnectionFailedError(SandyardError):
+class ConnectionFailedError(SandyardError, ConnectionError):
     """The server is unreachable, or closed the connection."""
 
 
@@ -142,6 +159,7 @@ _BY_CODE: dict[str, type[ApiError]] = {
 _BY_REASON: dict[str, type[ApiError]] = {
     "absent": AbsentError, "no_process": NoProcessError, "denied": DeniedError,
     "exists": ExistsError, "is_a_folder": IsFolderError, "not_a_folder": NotFolderError,
+    "no_space": NoSpaceError,
 }  # fmt: skip
 
 
