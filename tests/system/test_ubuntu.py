@@ -300,6 +300,12 @@ def examples(page: str) -> str:
     return "\n".join(one for one in lines if not any(word in one for word in skipped))
 
 
+def kept_by(server: RealServer) -> set[str]:
+    """Return the ids of the sandboxes and snapshots that are there."""
+    kinds = ("sandboxes", "snapshots", "workspaces")
+    return {one["id"] for kind in kinds for one in server.client.get(f"/v1/{kind}").json()["data"]}
+
+
 @pytest.mark.parametrize(
     "page",
     [
@@ -315,6 +321,7 @@ def test_every_example_of_a_page_works_as_it_is_written(
     home = tmp_path / "home"
     home.mkdir()
     (home / ".config").symlink_to(server.home / "xdg")
+    before = kept_by(server)
     script = examples(page).replace("127.0.0.1:8080", f"127.0.0.1:{server.port}")
     assert script.count("sandyard") + script.count("curl") >= 2
     done = subprocess.run(
@@ -328,6 +335,7 @@ def test_every_example_of_a_page_works_as_it_is_written(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "error" not in done.stderr.lower(), done.stderr
+    assert kept_by(server) == before
 
 
 @pytest.mark.parametrize(
