@@ -59,7 +59,7 @@ _SHOWN = {
 }
 _HINTS = {
     Code.UNAUTHORIZED: "send `Authorization: Bearer <API key>`",
-    Code.WORKSPACE_IN_USE: "or repeat the request with force=true",
+    Code.WORKSPACE_IN_USE: "or repeat the request with force=true (`--force` on the command line)",
     Code.INSUFFICIENT_CREDITS: "top up (POST /v1/billing/topup), or have an operator grant credits "
     "(`sandyard admin grant`)",
 }
