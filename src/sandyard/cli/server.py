@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from sandyard.client.config import ClientConfig, config_path, known_key, write_c
 if TYPE_CHECKING:
     from sandyard.server.app.settings import Settings
 
+_log = logging.getLogger(__name__)
 nodes = typer.Typer(help="Run this host's node, of an installation on several hosts.")
 setup = typer.Typer(help="Fetch what the system's packages do not bring.", no_args_is_help=True)
 
@@ -55,8 +57,11 @@ def server_settings() -> "Settings":
     # Machines run under accounts of their own and must reach their files; what is secret is made
     # with a mode of its own.
     os.umask(0o022)
-    settings: Settings = server_module("settings").Settings()
+    reader = server_module("settings_reader")
+    settings: Settings = reader.read_settings()
     server_module("logs").set_up_logs(level=settings.log.level, form=settings.log.format)
+    for sentence in reader.unknown_variables():
+        _log.warning(sentence)
     return settings
 
 
