@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,7 +177,7 @@ def test_the_version_is_told(
 ) -> None:
     code, told, _ = run_main(monkeypatch, capsys, "--version")
     assert code == 0
-    assert told.startswith("sandyard ")
+    assert re.fullmatch(r"sandyard [0-9.]+\+[0-9a-f]{8}\n", told)
 
 
 @pytest.mark.parametrize(

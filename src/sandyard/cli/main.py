@@ -2,12 +2,12 @@
 
 import os
 import sys
-from importlib.metadata import version as package_version
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from sandyard.build import build_version
 from sandyard.cli import (
     account,
     admin,
@@ -49,7 +49,7 @@ app.add_typer(server.setup, name="setup")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sandyard {package_version('sandyard')}")
+        typer.echo(f"sandyard {build_version()}")
         raise typer.Exit
 
 

@@ -31,8 +31,9 @@ the [settings](settings.md).
 On a terminal, lists are tables. In a pipe, each row is a line with tabs, and nothing is truncated.
 `--json` prints one object, or an array for a list. `NO_COLOR` is respected. Output of a sandbox is
 passed on byte by byte; on a terminal, control characters are escaped unless you use `--raw` or
-`-t`. `sandyard --version` prints the version. `sandyard --install-completion` enables completion of
-commands and sandbox names in your shell; `--show-completion` prints what it would install.
+`-t`. `sandyard --version` prints the version, with a hash of the code. `sandyard
+--install-completion` enables completion of commands and sandbox names in your shell;
+`--show-completion` prints what it would install.
 
 | Exit code | Meaning |
 |---|---|

@@ -284,7 +284,7 @@ async def open_cluster_control(
                 versions=cluster.nodes,
                 bus=cluster.bus,
                 clock=clock,
-                metrics=metrics_of(settings, version),
+                metrics=metrics_of(settings),
                 version=version,
             ) as control,
         ):

@@ -86,7 +86,7 @@ async def open_house(
     clock = clock or agreed
     await agree_at_first(agreed, read_host)
     bus, version = LocalBus(clock), package_version("sandyard")
-    metrics = metrics_of(settings, version)
+    metrics = metrics_of(settings)
     async with open_database(settings, clock=clock, migrates=is_sqlite(settings)) as store:
         await ensure_first_organization(store, clock, sign_up_of(settings))
         async with (

@@ -7,7 +7,6 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version as package_version
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -15,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from sandyard.build import build_version
 from sandyard.server.app.cluster import nats_tls, write_papers, write_private
 from sandyard.server.app.installation import NODE_FILE, only_server
 from sandyard.server.app.metrics import Metrics, MetricsRoute, Told, metrics_of
@@ -175,7 +175,7 @@ class _Credentials:
         self.by_nats = NatsPresence(self.link, Inbox(self.link, self.node_id))
         self.by_door = DoorPresence(lambda: self.asks, self.is_control)
         self.by_door.doors = [door_at(one) for one in self.home.doors]
-        self._boot, self.version = new_uuid(), package_version("sandyard")
+        self._boot, self.version = new_uuid(), build_version()
 
     def hello(self) -> Hello:
         """Return what the node says about itself to a control plane."""
@@ -230,7 +230,7 @@ async def open_member(
     """
     clock = clock or SystemClock()
     mine, own = _Credentials(settings), settings.cluster
-    metrics, telling = metrics_of(settings, mine.version), Telling()
+    metrics, telling = metrics_of(settings), Telling()
     membership = NodeMembership(
         mine.node_id,
         (mine.by_nats, mine.by_door),

@@ -26,6 +26,7 @@ from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sandyard.build import build_version
 from sandyard.server.app.backups import age_of_newest
 from sandyard.server.app.certificates import Certificate, certificates_of
 from sandyard.server.app.settings import Settings
@@ -150,7 +151,12 @@ class Metrics:
                 registry=self._registry,
             )
             age.set_function(self._backup_age)
-        info = Gauge("sandyard_info", "This version.", ("version",), registry=self._registry)
+        info = Gauge(
+            "sandyard_info",
+            "This version, with a hash of its code.",
+            ("version",),
+            registry=self._registry,
+        )
         info.labels(version).set(1)
 
     def observe(self, *, face: str, method: str, route: str, status: int, seconds: float) -> None:
@@ -210,10 +216,12 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-def metrics_of(settings: Settings, version: str) -> Metrics:
+def metrics_of(settings: Settings) -> Metrics:
     """Return the metrics of a process with these settings."""
     certificates = partial(certificates_of, settings)
-    return Metrics(version=version, backups=settings.backup.folder, certificates=certificates)
+    return Metrics(
+        version=build_version(), backups=settings.backup.folder, certificates=certificates
+    )
 
 
 def _state_of(fact: MachineFact) -> str:

@@ -1,9 +1,9 @@
 """Says what an upgrade to this version would do, before anything is changed."""
 
 from collections.abc import AsyncIterator
-from importlib.metadata import version as package_version
 from pathlib import Path
 
+from sandyard.build import build_version
 from sandyard.server.app.database import is_sqlite, schema_of
 from sandyard.server.app.doctor import examine_backups, examine_saved_machines
 from sandyard.server.app.installation import is_member
@@ -16,7 +16,7 @@ from sandyard.server.node.host.disks import free_mib
 
 async def check(settings: Settings) -> AsyncIterator[Finding]:
     """Compare this version with what the installation on this host has."""
-    yield Finding("ok", f"this is version {package_version('sandyard')}")
+    yield Finding("ok", f"this is version {build_version()}")
     if is_member(settings.home) and not settings.cluster.nats:
         yield Finding(
             "note", "this host is a node",
