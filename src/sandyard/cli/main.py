@@ -33,6 +33,8 @@ app = typer.Typer(
     help="Real virtual machines for agents and people.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # Boxes are of no use in a pipe, and at 40 columns they cut off the names of options.
+    rich_markup_mode=None,
 )
 app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(snapshot.app, name="snapshot")
