@@ -46,6 +46,7 @@ from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMach
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.machines.body import Body
+from sandyard.server.node.machines.records import Record
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.node import Node
 from sandyard.server.node.pressure import HELD
@@ -765,3 +766,24 @@ async def test_a_file_of_a_machine_becomes_a_version_that_others_start_from(tmp_
             await node.ensure_gone(one.sandbox_id, incarnation=one.incarnation)
         await node.drop_version(fact.name)
         assert list((tmp_path / "versions/images").iterdir()) == []
+
+
+async def test_a_machine_whose_record_cannot_be_written_at_last_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_node(tmp_path) as held:
+        write = held.node._means.records.write
+
+        def full(record: Record, *, syncs: bool = True) -> None:
+            if record.phase is Phase.RUNNING:
+                raise OSError(28, "No space left on device")
+            write(record, syncs=syncs)
+
+        wish = a_wish(new_sandbox_id())
+        with monkeypatch.context() as patch:
+            patch.setattr(held.node._means.records, "write", full)
+            with pytest.raises(NoCapacityError, match="disk is full"):
+                await held.node.ensure_running(wish)
+        assert (await held.facts(), held.host.machines) == ([], {})
+        assert (await held.node.ensure_running(wish)).phase is Phase.RUNNING
+        assert [one.phase for one in held.node._means.records.all()] == [Phase.RUNNING]

@@ -55,9 +55,14 @@ class CurrentRecord:
         await in_thread(self._records.write, record, syncs=True)
 
     async def enter(self, phase: Phase, end: End | None = None) -> None:
-        """Change the phase, and write the record."""
+        """Change the phase, and write the record; on failure the phase is as before."""
+        before = self._record
         self.set_phase(phase, end)
-        await self.write()
+        try:
+            await self.write()
+        except OSError:  # memory says no more than the disk
+            self.set_phase(before.phase, End(before.reason_code, before.reason_message))
+            raise
 
     def mark(self, phase: Phase, end: End | None = None) -> None:
         """Change the phase, and write the record if that is possible; adoption corrects a stale
