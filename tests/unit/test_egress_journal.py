@@ -15,6 +15,7 @@ from sandyard.server.egress.journal import (
     lines_in,
     newest_of,
 )
+from sandyard.server.node.host.egress import journal_paths, read_journal
 
 _DAY = 86400.0
 
@@ -54,6 +55,29 @@ def test_the_oldest_lines_make_room(files: Files) -> None:
     assert LINES_MAX // 2 <= len(found) <= LINES_MAX
     last = [one["number"] for one in found]
     assert last == list(range(LINES_MAX + 100 - len(found), LINES_MAX + 100))
+
+
+def test_lines_of_one_moment_have_different_times(files: Files) -> None:
+    journal = files.journal()
+    for _ in range(3):
+        journal.write({})
+    times = [float(str(one["time"])) for one in files.lines()]
+    assert times == sorted(set(times))
+    assert times[-1] - times[0] < 0.001
+
+
+def test_a_line_is_found_although_its_file_seems_older(files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "machine"
+    for one in journal_paths(folder):
+        one.parent.mkdir(parents=True, exist_ok=True)
+        one.touch()
+    path = journal_paths(folder)[0]
+    for time in (1000.0, 1000.002):
+        with path.open("a") as file:
+            file.write(json.dumps({"time": time}) + "\n")
+    os.utime(path, (999.999, 999.999))
+    found = read_journal(folder, now=1001.0, since=1000.0)
+    assert [one["time"] for one in found] == [1000.002]
 
 
 def test_a_flood_is_counted(files: Files) -> None:

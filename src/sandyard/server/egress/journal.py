@@ -6,6 +6,7 @@ reader needs nothing but the two files.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -30,16 +31,16 @@ class Journal:
 
     def write(self, line: Line) -> None:
         """Write a line, with the time. What cannot be written is counted."""
-        now = self._now()
-        if int(now) != self._second:
-            self._second, self._in_second = int(now), 0
+        second = int(self._now())
+        if second != self._second:
+            self._second, self._in_second = second, 0
         if self._in_second >= A_SECOND:
             self._skipped += 1
             return
-        if self._skipped and self._put({"time": now, "verdict": "skipped", "count": self._skipped}):
+        if self._skipped and self._put({"verdict": "skipped", "count": self._skipped}):
             self._skipped = 0
         self._in_second += 1
-        if not self._put({"time": now, **line}):
+        if not self._put(line):
             self._skipped += 1
 
     def tidy(self) -> None:
@@ -48,12 +49,18 @@ class Journal:
             if one.lines and one.last < self._now() - DAYS_MAX * 86400:
                 one.empty()
 
+    def _time(self) -> float:
+        """Return a time for a line, which no line before has: readers ask for those after one."""
+        now, last = self._now(), max(one.last for one in self._files)
+        return math.nextafter(last, math.inf) if 0 <= last - now < 1 else now
+
     def _put(self, line: Line) -> bool:
-        current, now = self._current, self._now()
+        current, now = self._current, self._time()
         if current.lines >= _HALF or (current.lines and current.first < now - _HALF_S):
             other = next(one for one in self._files if one is not current)
             other.empty()
             self._current = current = other
+        line = {"time": now, **line}
         return current.append(json.dumps(line, separators=(",", ":")).encode() + b"\n", now)
 
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 from sandyard.server.core.codec import encode
 from sandyard.server.core.egress import Credentials, Policy
@@ -66,13 +67,21 @@ def _server(address: str, port: int) -> Server:
     return Server(address, port)
 
 
+_TICK_S: Final = 1.0
+"""The kernel's time of a change may be some milliseconds before the time in the line written."""
+
+
 def read_journal(folder: Path, *, now: float, since: float | None = None) -> list[Line]:
     """Return a sandbox's journal, oldest line first; nothing if nothing was written `since`."""
-    found = []
-    paths = [one for one in journal_paths(folder) if one.exists()]
-    if since is not None and all(one.stat().st_mtime < since for one in paths):
+    found, written = [], list[tuple[float, Path]]()
+    for path in journal_paths(folder):
+        with contextlib.suppress(FileNotFoundError):
+            written.append((path.stat().st_mtime, path))
+    if since is not None and all(at < since - _TICK_S for at, _ in written):
         return []
-    for path in paths:
+    # The one that is being written comes last. If it fills up meanwhile, what follows in the other
+    # is later than all that is returned, and is found by the next call.
+    for _, path in sorted(written):
         with contextlib.suppress(FileNotFoundError):
             found.append(path.read_bytes())
     return newest_of(found, now=now, since=since)
