@@ -36,3 +36,8 @@ def test_depth_and_number_are_bounded_and_strings_are_not_counted(size: int) -> 
     fed(json.dumps({"a": '[{,"\\' * VALUES_MAX}).encode(), size)
     # Beside one another they are not deep, whatever they add up to.
     fed(b"[" + b"[]," * (DEPTH_MAX * 3) + b"[]]", size)
+
+
+def test_strings_without_anything_between_them_are_no_json() -> None:
+    with pytest.raises(InvalidArgumentError, match="not JSON"):
+        fed(b'"' * 1000, 7)

@@ -19,7 +19,7 @@ class JsonBounds:
 
     def __init__(self) -> None:
         self._depth = 0
-        self._values = 1
+        self._values, self._strings = 1, 0
         self._is_in_string = False
         self._left = b""
 
@@ -70,5 +70,8 @@ class JsonBounds:
             self._depth += opened - part.count(b"]") - part.count(b"}")
         if end < 0:
             return len(data)
+        self._strings += 1
+        if self._strings > 2 * self._values:  # a value has at most a name and itself
+            raise InvalidArgumentError("cannot read the body: it is not JSON", field="body")
         self._is_in_string = True
         return end + 1
