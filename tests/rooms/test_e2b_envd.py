@@ -699,3 +699,9 @@ async def test_what_a_process_was_given_is_in_no_feed(yard: Yard, box: Box) -> N
     assert str(box.token) not in feed
     assert str(box.token).encode() not in await yard.written()
     assert json.dumps(box.told["trafficAccessToken"]).encode() not in await yard.written()
+
+
+async def test_a_watcher_that_is_nested_deeply_is_none(box: Box) -> None:
+    given = base64.urlsafe_b64encode(b"[" * 12_000).decode()
+    answer = await box.call(f"{FILES}/GetWatcherEvents", {"watcherId": given})
+    assert await refusal(answer) == (404, "not_found")

@@ -185,7 +185,7 @@ def _watcher(message: Fields) -> tuple[str, _Watched]:
     try:
         name, path, includes_entry = json.loads(base64.urlsafe_b64decode(given))
         return str(name)[:_NAME_MAX], _Watched(bytes.fromhex(path), bool(includes_entry))
-    except (binascii.Error, ValueError, TypeError) as error:
+    except (binascii.Error, ValueError, TypeError, RecursionError) as error:
         raise ConnectError(Code.NOT_FOUND, f"watcher with id {given[:100]} not found") from error
 
 
