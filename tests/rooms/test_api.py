@@ -803,6 +803,8 @@ async def test_secrets_over_http(yard: Yard) -> None:
     assert set(made) == {"id", "name", "hosts", "createdAt", "changedAt", "lastUsedAt"}
     assert (made["name"], made["hosts"]) == ("GITHUB", ["api.github.com", "*.github.com"])
     assert (await yard.client.post("/v1/secrets", json=body)).status_code == 409
+    sharp = {**body, "name": "pa\u00df"}  # whose upper case is PASS
+    assert (await yard.client.post("/v1/secrets", json=sharp)).status_code == 400
     assert (await yard.client.get("/v1/secrets")).json()["data"] == [made]
     inject = [{"host": "api.github.com", "headers": {"Authorization": "Bearer ${GITHUB}"}}]
     box = await yard.create(network={"inject": inject})

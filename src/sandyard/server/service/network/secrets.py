@@ -63,7 +63,7 @@ class Secrets:
             ConflictError: there are too many.
         """
         actor.require("secret:write")
-        if not _NAME.fullmatch(name.upper()):
+        if not name.isascii() or not _NAME.fullmatch(name.upper()):
             raise InvalidArgumentError(
                 "cannot use {field}: a name has letters, digits and underscores, 64 at most, and "
                 "begins with no digit",
