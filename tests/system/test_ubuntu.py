@@ -302,7 +302,7 @@ def examples(page: str) -> str:
 
 def kept_by(server: RealServer) -> set[str]:
     """Return the ids of the sandboxes and snapshots that are there."""
-    kinds = ("sandboxes", "snapshots", "workspaces")
+    kinds = ("sandboxes", "snapshots")
     return {one["id"] for kind in kinds for one in server.client.get(f"/v1/{kind}").json()["data"]}
 
 
