@@ -1,8 +1,8 @@
 """Errors of the SDK. Those about files, processes and time are Python's own as well, such as
 `FileNotFoundError`."""
 
-import errno
 from collections.abc import Mapping
+from errno import ENOSPC
 
 
 class SandyardError(Exception):
@@ -99,17 +99,7 @@ class NotFolderError(BadRequestError, NotADirectoryError):
 class NoSpaceError(ConflictError, OSError):
     """The sandbox's disk, or the workspace, is full."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int,
-        code: str,
-        request_id: str,
-        details: Mapping[str, object] | None = None,
-    ) -> None:
-        super().__init__(message, status=status, code=code, request_id=request_id, details=details)
-        self.errno = errno.ENOSPC
+    errno = ENOSPC
 
 
 class TransferError(SandyardError):
