@@ -2,13 +2,12 @@
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsError
 
 from sandyard.server.app.settings import DEFAULT_HOME, Settings
@@ -51,7 +50,7 @@ def unknown_variables() -> list[str]:
     return found
 
 
-def _told(error: ErrorDetails, file: Path) -> str:
+def _told(error: Mapping[str, Any], file: Path) -> str:
     where = [str(one) for one in error["loc"]]
     name, variable = ".".join(where), _variable(where)
     said = variable if variable in os.environ else f"{name} in {file}" if where else str(file)
@@ -64,7 +63,7 @@ def _told(error: ErrorDetails, file: Path) -> str:
         case {"type": "value_error", "ctx": {"error": cause}}:
             return f"{said}: {cause}"
         case _:
-            text = error["msg"]
+            text = str(error["msg"])
             return f"{said}: {text[:1].lower()}{text[1:]}"
 
 
