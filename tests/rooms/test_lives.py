@@ -1602,9 +1602,9 @@ async def test_a_machine_that_dies_before_it_is_woken_is_paused_if_its_disk_allo
     assert (await resuming).status_code == 503
     yard.conduct.answers = True
     if writes:
-        assert (await yard.get(box))["status"] == "error"
+        await eventually(lambda: status_is(yard, box, "error"))
         return
-    assert (await yard.get(box))["status"] == "paused"
+    await eventually(lambda: status_is(yard, box, "paused"))
     assert (await yard.act(box, "resume"))["statusReason"] is None
     assert await yard.execute(box, "recall") == "it"
 
