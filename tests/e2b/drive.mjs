@@ -35,6 +35,7 @@ check(['Sandbox.create', 'Sandbox.getInfo', 'Sandbox.list', 'Sandbox.isRunning',
   assert.equal((await Sandbox.getInfo(made.sandboxId)).sandboxId, made.sandboxId)
   assert.equal((await Sandbox.getFullInfo(made.sandboxId)).sandboxId, made.sandboxId)
   assert(info.endAt - info.startedAt >= 99_000)  // from when it runs
+  assert(info.endAt - Date.now() <= 99_000)
   const pages = Sandbox.list({ query: { metadata: { a: 'b ü' } }, limit: 1 })
   assert.deepEqual((await pages.nextItems()).map((one) => one.sandboxId), [made.sandboxId])
   assert(await made.isRunning())

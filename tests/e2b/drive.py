@@ -85,6 +85,7 @@ async def whole_life(box: Any) -> None:
     assert info.metadata == {"a": "b ü"}
     assert (await done(Sandbox.get_info(made.sandbox_id))).sandbox_id == made.sandbox_id
     assert (info.end_at - info.started_at).total_seconds() >= 99  # from when it runs
+    assert info.end_at.timestamp() - time.time() <= 99
     pages = Sandbox.list(query=e2b.SandboxQuery(metadata={"a": "b ü"}), limit=1)
     assert [one.sandbox_id for one in await done(pages.next_items())] == [made.sandbox_id]
     assert await done(made.is_running())
