@@ -25,8 +25,7 @@ The URL and API key come from SANDYARD_URL and SANDYARD_API_KEY, or from
 or SANDYARD_PROFILE, saves and uses several servers there, each in a section `[profiles.NAME]`. User
 commands need only the package. Operator commands (`serve`, `init`, `stop`, `doctor`, `setup`,
 `admin`, `template`) need its extra `server`, which `scripts/up` installs, and root, except `init`.
-They read
-the [settings](settings.md).
+They read the [settings](settings.md).
 
 On a terminal, lists are tables. In a pipe, each row is a line with tabs, and nothing is truncated.
 `--json` prints one object, or an array for a list. `NO_COLOR` is respected. Output of a sandbox is

@@ -237,12 +237,12 @@ async def _write_workspaces(settings: Settings, target: Target) -> None:
     volumes = volumes_of(settings)
     async with open_database(settings) as store, store.read() as tx:
         workspaces = [one for one in await tx.workspaces.every() if one.removed_at is None]
-    existing = [one for one in workspaces if _has_volume(settings, one.id)]
+    existing = [one for one in workspaces if _is_here(settings, one.id)]
     target.progress(f"copying {len(existing)} workspaces")
     try:
         for one in existing:
             for _ in range(_TRIES):
-                if not _has_volume(settings, one.id):
+                if not _is_here(settings, one.id):
                     break  # it was deleted, and must not be made again
                 async with volumes.open(one.id, one.quota_bytes) as place:
                     if await _written(one, place, target):
@@ -271,11 +271,6 @@ async def stopped_by(stop: threading.Event, work: Coroutine[Any, Any, _T]) -> _T
         await asyncio.wait([doing])
         doing.exception()  # what it failed with does not matter any more
         raise
-
-
-def _has_volume(settings: Settings, workspace_id: str) -> bool:
-    place = settings.workspaces_dir / workspace_id
-    return place.exists() or place.with_name(f"{workspace_id}.ext4").exists()
 
 
 def _is_here(settings: Settings, workspace_id: str) -> bool:

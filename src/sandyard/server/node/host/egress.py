@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 _LIMIT_S = 10.0
 _FOLLOW_S = 3.0
+_TICK_S: Final = 1.0
+"""The kernel's time of a change may be some milliseconds before the time in the line written."""
 _AGAIN_S, _AGAIN_MAX_S = 0.05, 5.0
 _ERRORS = "egress.err"
 _ERRORS_MAX = 256 * 1024
@@ -65,10 +67,6 @@ def _server(address: str, port: int) -> Server:
     with contextlib.suppress(ValueError):
         address = str(ipaddress.ip_address(address))
     return Server(address, port)
-
-
-_TICK_S: Final = 1.0
-"""The kernel's time of a change may be some milliseconds before the time in the line written."""
 
 
 def read_journal(folder: Path, *, now: float, since: float | None = None) -> list[Line]:
