@@ -7,17 +7,14 @@ import os
 import shlex
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from tests.machine.test_network import egress_process
 from tests.support.egress import world
+from tests.support.folders import files_with
 from tests.support.ports import free_port
 from tests.support.server import NO_POOL, QEMU, RealServer, wait_until
 from tests.support.world import RESOLVER
-
-from sandyard.server.drivers.sparse import extents
 
 pytestmark = [pytest.mark.machine, pytest.mark.timeout(1800)]
 
@@ -78,21 +75,6 @@ def fetched(server: RealServer, box: object, path: str = "/", **body: object) ->
     return str(server.execute(box, command, **{"timeout": 120_000, **body})["stdout"])
 
 
-def files_with(folder: Path, what: str) -> list[Path]:
-    """Return the files that have these bytes; holes are skipped."""
-    found = []
-    for root, _, names in os.walk(folder):  # which may lose some meanwhile
-        for path in (Path(root) / name for name in names):
-            with suppress(FileNotFoundError):
-                if path.is_file() and not path.is_symlink():
-                    with path.open("rb") as file:
-                        for start, end in extents(file.fileno()):
-                            file.seek(start)
-                            if what.encode() in file.read(end - start):
-                                found.append(path)
-    return found
-
-
 def test_a_secret_is_added_outside_the_machine_whatever_becomes_of_that(
     server: RealServer,
 ) -> None:
@@ -102,7 +84,7 @@ def test_a_secret_is_added_outside_the_machine_whatever_becomes_of_that(
     assert "\\x00" in fetched(server, box, "/large")
     server.act(box, "pause")
     wait_until(lambda: server.status(box) == "paused", what="it is paused")
-    assert files_with(server.home, SECRET) == []
+    assert files_with(SECRET.encode(), server.home) == []
     server.wait_running(server.act(box, "resume")["id"])
 
     assert f"Authorization: Bearer {SECRET}" in fetched(server, box)

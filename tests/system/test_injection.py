@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.egress import Lab, lab, policy, world
+from tests.support.folders import files_with
 from tests.support.world import BAD, GOOD, OTHER
 
 from sandyard.server.core.egress import Credentials, Header, Injection, Policy
@@ -358,9 +359,7 @@ async def test_secrets_are_in_no_file_and_in_no_other_process(guest: Lab) -> Non
     guest.restrict(injecting("good.test"), credentials(bearer()))
     assert SECRET in await fetch(guest, "https://good.test/")
     wanted = SECRET.encode()
-    for path in guest.home.rglob("*"):
-        if path.is_file():
-            assert wanted not in path.read_bytes(), path
+    assert files_with(wanted, guest.home) == []
     [pid] = await guest.pids()
     for process in Path("/proc").glob("[0-9]*"):
         if int(process.name) != os.getpid():

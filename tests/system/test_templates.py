@@ -8,13 +8,13 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import asyncssh
 import pytest
+from tests.support.folders import files_with
 from tests.support.images import CACHE
 from tests.support.oci import (
     bomb,
@@ -39,8 +39,6 @@ from tests.support.registry import (
     registry,
 )
 from tests.support.server import NO_POOL, QEMU, RealServer, wait_until
-
-from sandyard.server.drivers.sparse import extents
 
 pytestmark = [pytest.mark.machine, pytest.mark.beside]
 
@@ -129,20 +127,6 @@ def built(server: RealServer, slug: str, **body: object) -> list[str]:
     build, lines = ended(server, slug, request(server, slug, **body))
     assert build["status"] == "ready", (build["error"], lines[-9:])
     return lines
-
-
-def files_with(what: bytes, folder: Path) -> list[Path]:
-    """Return the files that have something in them, disks and memory of machines as well."""
-    found = []
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # it may be removed meanwhile
-            if path.is_file() and not path.is_symlink():
-                with path.open("rb") as file:
-                    for start, end in extents(file.fileno()):
-                        file.seek(start)
-                        if what in file.read(end - start):
-                            found.append(path)
-    return found
 
 
 def nothing_is_left(server: RealServer) -> None:
