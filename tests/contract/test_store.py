@@ -98,7 +98,7 @@ from sandyard.server.service.people.organizations import SignUp
 
 NOW = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 KEY = b"k" * 32
-NEWEST, FIRST_FLOOR = "0026", "0016"
+NEWEST, FIRST_FLOOR = "0027", "0016"
 PING_S = store_module._PING_S
 ORG, OTHER = new_uuid(), new_uuid()
 USER, PROJECT = new_uuid(), new_uuid()
@@ -1604,6 +1604,36 @@ async def test_a_build_is_worked_on_by_one_server_at_a_time(store: Store) -> Non
         third = build(number=3)  # any server can work on it
         await tx.builds.add(third)
         assert await tx.builds.give_up(before=day, at=NOW, error="gone") == []
+
+
+async def test_a_build_begins_when_fewer_of_its_organization_are_in_progress(store: Store) -> None:
+    times = [NOW + timedelta(seconds=number) for number in range(4)]
+    limited = [build(number=n, created_at=at, at_once=2) for n, at in enumerate(times)]
+    other = build(number=9, created_at=NOW + timedelta(minutes=1), at_once=None)
+    waiting = build(status=BuildStatus.WAITING)
+    async with store.write(ORG) as tx:
+        for one in (*reversed(limited), other, waiting):
+            await tx.builds.add(one)
+        assert [await tx.builds.place(one) for one in (*limited, other)] == [1, 2, 3, 4, 5]
+    async with store.write(Turn.SHARED) as tx:
+        # One has a lease and has not begun, the other has begun and its server has gone.
+        assert await tx.builds.claim("a", lease="1", lasts=HALF_A_MINUTE) == limited[0]
+        assert await tx.builds.claim("a", lease="2", lasts=OVER) == limited[1]
+        begun = replace(limited[1], status=BuildStatus.BUILDING, started_at=NOW, plan={})
+        assert await tx.builds.save(begun, lease="2", lasts=OVER) == begun
+        found = await tx.builds.claim("b", lease="3", lasts=HALF_A_MINUTE)
+        assert found is not None
+        assert found.id == begun.id, "it goes on before others begin"
+        assert await tx.builds.claim("a", lease="4", lasts=HALF_A_MINUTE) == other
+        assert await tx.builds.claim("a", lease="5", lasts=HALF_A_MINUTE) is None
+        ended = replace(begun, status=BuildStatus.FAILED, ended_at=NOW)
+        assert await tx.builds.save(ended, lease="3", lasts=None) is not None
+        # The unlimited one counts as well.
+        assert await tx.builds.claim("a", lease="6", lasts=HALF_A_MINUTE) is None
+        done = replace(other, status=BuildStatus.READY, ended_at=NOW)
+        assert await tx.builds.save(done, lease="4", lasts=None) is not None
+        assert await tx.builds.claim("a", lease="7", lasts=HALF_A_MINUTE) == limited[2]
+        assert await tx.builds.claim("a", lease="8", lasts=HALF_A_MINUTE) is None
 
 
 async def test_old_builds_are_removed(store: Store) -> None:

@@ -223,21 +223,23 @@ async def test_scopes_are_needed(yard: Yard) -> None:
 
 
 async def test_limits_of_the_plan(yard: Yard) -> None:
-    for slug in ("a", "b", "c"):
-        await post(yard, slug=slug, base="base-minimal")
-    error = await post(yard, 409, slug="a", base="base-minimal")
-    assert (error["code"], error["details"]["limit"]) == ("conflict", "builds")
+    made = [await post(yard, slug=slug, base="base-minimal") for slug in ("a", "b", "c", "a")]
+    # Builds beyond the plan's limit are queued.
+    places = [(await get(yard, f"{one['slug']}/builds/{one['buildId']}"))["place"] for one in made]
+    assert places == [1, 2, 3, 4]
+    assert [one["place"] for one in await get(yard, "a/builds")] == [4, 1]
     org_id, _ = await yard.first()
     async with yard.house.store.write(org_id) as tx:
-        for slug in ("a", "b"):
+        for slug in ("b", "a"):
             for build in await tx.builds.page(org_id, slug, limit=9):
                 taken = await tx.builds.claim("s", lease=build.id, lasts=LEASE)
                 assert taken is not None
-                ended = replace(taken, ended_at=datetime.now(UTC))
+                ended = replace(taken, status=BuildStatus.FAILED, ended_at=datetime.now(UTC))
                 await tx.builds.save(ended, lease=build.id, lasts=None)
     error = await post(yard, 409, slug="d", base="base-minimal")
     assert error["details"]["limit"] == "templates"
-    assert (await post(yard, slug="a", base="base-minimal"))["version"] == 2
+    assert (await post(yard, slug="a", base="base-minimal"))["version"] == 3
+    assert [one["place"] for one in await get(yard, "a/builds")] == [2, 1, None]
 
 
 async def test_versions_are_tagged_chosen_and_deleted(yard: Yard) -> None:

@@ -16,6 +16,7 @@ from tests.support.desk import Desk, open_desk, still, until
 from tests.support.nodes import FakeNode, Machine, MemoryStream
 
 from sandyard.server.app.installation import secret_key
+from sandyard.server.app.settings import BuildSettings
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
 from sandyard.server.core.contracts.node import MachineRef, Opened, Origin
@@ -275,6 +276,64 @@ async def test_of_two_builds_at_once_the_later_one_is_the_latest(site: Site) -> 
     own = await site.desk.services.templates.own(site.desk.actor, "mine")
     assert [one.number for one in own.versions] == [2, 1]
     assert await site.latest() == 2
+
+
+async def test_a_build_beyond_the_limit_of_the_plan_waits_for_its_turn(site: Site) -> None:
+    builds, actor = site.desk.services.builds, site.desk.actor
+    limited = replace(actor, limits={"builds": 1})
+    site.works.waits_in = "first"
+    first = await builds.create(limited, STEPS)
+    await until(_set(site.works.is_in))
+    second, third = [await builds.create(limited, STEPS) for _ in range(2)]
+    other, _ = await site.ended(await site.build(replace(STEPS, run=("other",))))
+    assert other.status is BuildStatus.READY, "another limit is not theirs"
+    assert [(await site.now(one)).status for one in (first, second, third)] == [
+        BuildStatus.BUILDING, BuildStatus.QUEUED, BuildStatus.QUEUED
+    ]  # fmt: skip
+    assert [await builds.place(await site.now(one)) for one in (first, second, third)] == [
+        None, 1, 2
+    ]  # fmt: skip
+    # One that waits is cancelled at once, from the list.
+    (listed,) = [one for one in await builds.list(actor, "mine") if one.id == second.id]
+    assert (await builds.cancel(actor, "mine", listed.id)).status is BuildStatus.CANCELLED
+    site.works.waits_in = ""
+    site.works.go_on.set()
+    for one in (first, third):
+        assert (await site.ended(one))[0].status is BuildStatus.READY
+
+
+async def test_the_queue_of_an_organization_is_bounded(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandyard.server.service.builds.builds._QUEUED_MAX", 2)
+    builds, actor = site.desk.services.builds, site.desk.actor
+    with pytest.raises(LimitReachedError, match="allows 0"):
+        await builds.create(replace(actor, limits={"builds": 0}), STEPS)
+    limited = replace(actor, limits={"builds": 1})
+    site.works.waits_in = "first"
+    for _ in range(2):
+        await builds.create(limited, STEPS)
+    with pytest.raises(LimitReachedError, match="cannot queue another build: 2 of"):
+        await builds.create(limited, STEPS)
+    # What waits will be versions.
+    monkeypatch.setattr("sandyard.server.service.builds.builds._QUEUED_MAX", 9)
+    with pytest.raises(LimitReachedError, match="allows 2"):
+        await builds.create(replace(limited, limits={"templateVersions": 2}), STEPS)
+
+
+async def test_a_build_that_nobody_follows_ends_in_its_time(site: Site) -> None:
+    site.works.waits_in = "first"
+    build = await site.build(STEPS)
+    await until(_set(site.works.is_in))
+    limit_s = BuildSettings().limit_s
+    await site.desk.clock.advance(limit_s - 60)
+    assert (await site.now(build)).ended_at is None
+    await site.desk.clock.advance(60)
+    build, _ = await site.ended(build)
+    assert (build.status, build.error) == (
+        BuildStatus.FAILED, f"it took longer than {limit_s} s"
+    )  # fmt: skip
+    await site.nothing_is_left()
 
 
 async def test_a_template_that_is_deleted_ends_its_builds(site: Site) -> None:

@@ -38,6 +38,11 @@ def _build(client: Sandyard, template: Template, *, detach: bool) -> None:
     if detach:
         typer.echo(build_id)
         return
+    place = _found(client, slug, build_id).place
+    if place is not None and place > 1:
+        typer.echo(
+            f"queued at place {place}; to cancel: sandyard template cancel {slug} {build_id}"
+        )
     following = client.build_log(slug, build_id)
     if out.is_terminal:
         with out.status(f"building {slug}") as spinner:
@@ -47,10 +52,14 @@ def _build(client: Sandyard, template: Template, *, detach: bool) -> None:
     else:
         for line in following:
             _show_line(line)
-    build = next(one for one in client.builds(slug) if one.id == build_id)
+    build = _found(client, slug, build_id)
     if build.status != "ready":
         raise BuildFailedError(build)
     typer.echo(f"{slug}:{build.version} is ready: sandyard sandbox create --template {slug}")
+
+
+def _found(client: Sandyard, slug: str, build_id: str) -> TemplateBuild:
+    return next(one for one in client.builds(slug) if one.id == build_id)
 
 
 def _show_line(line: BuildLine) -> None:
@@ -243,6 +252,8 @@ def builds(slug: Slug, as_json: Json = False) -> None:
 
 def _build_row(one: TemplateBuild) -> tuple[str, ...]:
     status = one.raw["phase"] or one.status
+    if one.place is not None:
+        status = f"{status} ({one.place})"
     return (one.id, str(one.version), status, one.raw["createdAt"], one.error or "")
 
 

@@ -139,6 +139,11 @@ class TemplateBuild:
         """Whether it has ended."""
         return self.status not in ("waiting", "queued", "building")
 
+    @property
+    def place(self) -> int | None:
+        """The place in the queue, from 1, of a build that is queued."""
+        return self.raw.get("place")
+
 
 @dataclass(frozen=True)
 class RegistryCredential:

@@ -598,7 +598,7 @@ class PlanSettings(Section):
     templates: int | None = Field(None, ge=0, description="Of the organization's own.")
     template_versions: int | None = Field(None, ge=0, description="Of all its templates.")
     template_gb: int | None = Field(None, ge=0, description="Of all versions together.")
-    builds: int | None = Field(2, ge=0, description="Queued or in progress at one time.")
+    builds: int | None = Field(2, ge=0, description="Builds in progress; others wait.")
 
 
 class WorkspaceSettings(Section):

@@ -30,7 +30,7 @@ class Plan:
     deleted, `storage_gb` what is in workspaces, `test_sandboxes` those of test keys. `snapshots`
     and `snapshot_gb` bound the snapshots that are kept, and `test_snapshots` how many of them are
     of test keys' sandboxes, which cost nothing. `templates`, `template_versions` and `template_gb`
-    bound the organization's own templates, and `builds` those in progress.
+    bound the organization's own templates, and `builds` those in progress at one time: others wait.
     """
 
     requests_per_minute: int | None = None

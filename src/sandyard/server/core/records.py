@@ -399,7 +399,8 @@ class Build:
     `plan` is what was requested, kept encrypted, and `by` who requested it, with their rights then.
     An upload that it needs is on the server `server_id`, which alone can work on it. `sandbox_id`
     is the sandbox that it uses now. `stages` are versions on nodes that only the build needs.
-    `lines` counts the lines of its log.
+    `lines` counts the lines of its log. It begins once fewer than `at_once` builds of its
+    organization are in progress, or at any time for None.
     """
 
     id: str
@@ -418,6 +419,7 @@ class Build:
     stages: tuple[str, ...] = ()
     is_cancelled: bool = False
     lines: int = 0
+    at_once: int | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
 

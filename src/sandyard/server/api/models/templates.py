@@ -194,12 +194,13 @@ class BuildRequestedOut(Model):
 
 
 class BuildOut(Model):
-    """A build. `phase` says what it does now."""
+    """A build. `phase` says what it does now, `place` where it stands in the queue, from 1."""
 
     id: str
     slug: str
     version: int
     status: BuildStatusOut
+    place: int | None
     phase: str
     error: str | None
     sandbox_id: str | None
@@ -258,14 +259,15 @@ def template_out(fact: TemplateFact) -> TemplateOut:
     )
 
 
-def build_out(build: Build) -> BuildOut:
-    """Return a build as HTTP carries it."""
+def build_out(build: Build, place: int | None = None) -> BuildOut:
+    """Return a build as HTTP carries it, with its place in the queue if it is queued."""
     return BuildOut.model_validate(
         {
             "id": build.id,
             "slug": build.slug,
             "version": build.number,
             "status": build.status.value,
+            "place": place,
             "phase": build.phase,
             "error": build.error,
             "sandboxId": build.sandbox_id,

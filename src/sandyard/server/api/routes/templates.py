@@ -120,7 +120,7 @@ async def list_builds(
 ) -> Data[list[BuildOut]]:
     """List the latest 100 builds of a template, newest first."""
     found = await service.list(actor, checked_text(slug, field="slug"))
-    return enveloped(request, [build_out(one) for one in found])
+    return enveloped(request, [build_out(one, await service.place(one)) for one in found])
 
 
 @router.get("/{slug}/builds/{build}", responses=errors(404))
@@ -129,7 +129,7 @@ async def get_build(
 ) -> Data[BuildOut]:
     """Return one build."""
     found = await service.get(actor, checked_text(slug, field="slug"), build)
-    return enveloped(request, build_out(found))
+    return enveloped(request, build_out(found, await service.place(found)))
 
 
 @router.post("/{slug}/builds/{build}/cancel", responses=errors(404, 409))

@@ -957,8 +957,15 @@ class BuildRows(Protocol):
         ...
 
     async def claim(self, server_id: str, *, lease: str, lasts: timedelta) -> Build | None:
-        """Take the lease of the oldest build that nobody works on and that this server can work
-        on; None if there is none."""
+        """Take the lease of the oldest build that nobody works on, that this server can work on
+        and that may begin (see `Build.at_once`); None if there is none.
+
+        Servers that claim at the same moment may together exceed `at_once` by one each.
+        """
+        ...
+
+    async def place(self, build: Build) -> int:
+        """Return the place of a queued build among those of all organizations, from 1."""
         ...
 
     async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:

@@ -716,6 +716,7 @@ builds = Table(
     Column("stages", JSON, nullable=False),
     Column("is_cancelled", Boolean, nullable=False),
     Column("lines", Integer, nullable=False),
+    Column("at_once", Integer),
     Column("created_at", Moment, nullable=False),
     Column("started_at", Moment),
     Column("ended_at", Moment),

@@ -278,8 +278,17 @@ class BuildTable:
 
     async def claim(self, server_id: str, *, lease: str, lasts: timedelta) -> Build | None:
         """See core.contracts.store.BuildRows.claim."""
-        c = t.builds.c
+        c, other = t.builds.c, t.builds.alias("other").c
         is_free = or_(c.lease_until.is_(None), c.lease_until < t.now())
+        in_progress = (
+            select(func.count())
+            .where(
+                other.org_id == c.org_id,
+                other.ended_at.is_(None),
+                or_(other.started_at.is_not(None), other.lease_token.is_not(None)),
+            )
+            .scalar_subquery()
+        )
         waiting = (
             select(c.id)
             .where(
@@ -287,6 +296,13 @@ class BuildTable:
                 c.status != BuildStatus.WAITING.value,
                 is_free,
                 or_(c.server_id.is_(None), c.server_id == server_id),
+                # One that has begun goes on; it counts as in progress itself.
+                or_(
+                    c.at_once.is_(None),
+                    c.started_at.is_not(None),
+                    c.lease_token.is_not(None),
+                    in_progress < c.at_once,
+                ),
             )
             .order_by(c.created_at, c.id)
             .limit(1)
@@ -298,6 +314,20 @@ class BuildTable:
             .values(lease_token=lease, lease_until=_until(lasts)),
             *t.builds.c,
         )
+
+    async def place(self, build: Build) -> int:
+        """See core.contracts.store.BuildRows.place."""
+        c = t.builds.c
+        before = or_(
+            c.created_at < build.created_at,
+            and_(c.created_at == build.created_at, c.id < build.id),
+        )
+        found = await self._connection.execute(
+            select(func.count()).where(
+                c.ended_at.is_(None), c.status == BuildStatus.QUEUED.value, before
+            )
+        )
+        return int(found.scalar_one()) + 1
 
     async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:
         """See core.contracts.store.BuildRows.save."""

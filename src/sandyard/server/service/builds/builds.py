@@ -50,6 +50,7 @@ BUILDER: Final = "builder"
 """The hidden template in which images are unpacked."""
 LIST_MAX: Final = 100
 _WAITING_MAX: Final = 100
+_QUEUED_MAX: Final = 100
 WAITS: Final = timedelta(hours=2)
 """How long an announced build waits for its steps."""
 _ANNOUNCED: Final = ("tags", "vcpus", "memory", "disk")
@@ -237,6 +238,7 @@ class Builds:
             created_at=self._clock.now(),
             plan=plan,
             by=_by(actor),
+            at_once=plan_of(self._plans, actor).builds,
         )
 
     async def _new(self, actor: Actor, wish: NewTemplate) -> Build:
@@ -273,12 +275,19 @@ class Builds:
     async def _check_limits(self, tx: Transaction, actor: Actor, *, is_new: bool) -> None:
         plan = plan_of(self._plans, actor)
         active = await tx.builds.count(actor.org_id, *ACTIVE_BUILDS)
+        if active >= _QUEUED_MAX:
+            raise LimitReachedError(
+                f"cannot queue another build: {_QUEUED_MAX} of the organization are queued or in "
+                "progress; wait for some to end, or cancel them",
+                limit=_QUEUED_MAX,
+            )
         kept = await tx.versions.kept(actor.org_id)
         count = len(await tx.templates.of(actor.org_id)) if is_new else 0
         for name, has, limit, hint in (
-            ("builds", active, plan.builds, "wait for one to end"),
+            # Beyond another limit they wait for their turn, which never comes beyond this one.
+            ("builds", 0, plan.builds if plan.builds == 0 else None, "build on another plan"),
             ("templates", count, plan.templates if is_new else None, "delete one"),
-            ("template_versions", kept.count, plan.template_versions, "delete some"),
+            ("template_versions", kept.count + active, plan.template_versions, "delete some"),
             (
                 "template_gb",
                 kept.size_bytes / 2**30,
@@ -308,6 +317,14 @@ class Builds:
         if found is None or found.slug != slug:
             raise NotFoundError(f"cannot find the build {build_id[:80]!r} of {slug[:80]!r}")
         return found
+
+    async def place(self, build: Build) -> int | None:
+        """Return the place in the queue of a build that has not begun, among those of all
+        organizations and from 1; None for others."""
+        if build.status is not BuildStatus.QUEUED:
+            return None
+        async with self._store.read() as tx:
+            return await tx.builds.place(build)
 
     async def look(
         self, actor: Actor, slug: str, build_id: str, *, after: int, limit: int, wait_s: float
