@@ -98,7 +98,7 @@ from sandyard.server.service.people.organizations import SignUp
 
 NOW = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 KEY = b"k" * 32
-NEWEST, FIRST_FLOOR = "0027", "0016"
+NEWEST, FIRST_FLOOR = "0028", "0016"
 PING_S = store_module._PING_S
 ORG, OTHER = new_uuid(), new_uuid()
 USER, PROJECT = new_uuid(), new_uuid()

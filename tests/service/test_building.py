@@ -321,6 +321,28 @@ async def test_the_queue_of_an_organization_is_bounded(
         await builds.create(replace(limited, limits={"templateVersions": 2}), STEPS)
 
 
+async def test_a_template_on_a_desktop_has_one(tmp_path: Path) -> None:
+    works = Works()
+    node = BuildNode(works)
+    node.templates_ready = (*node.templates_ready, "desktop-ubuntu")
+    async with open_site(tmp_path, works, node=node) as site:
+        services, actor = site.desk.services, site.desk.actor
+        await site.ended(await site.build(replace(STEPS, base="desktop-ubuntu")))
+        await site.ended(await site.build(replace(STEPS, slug="other", base="mine")))
+        await site.ended(await site.build(replace(STEPS, slug="plain")))
+        kinds = {one.slug: one.kind for one in await services.templates.all(actor)}
+        assert (kinds["mine"], kinds["other"], kinds["plain"]) == ("desktop", "desktop", "headless")
+        box, plain = [await site.desk.create(template=one) for one in ("other", "plain")]
+        assert (await services.desktops.issue(actor, box.id)).sandbox_id == box.id
+        with pytest.raises(ConflictError, match="has none"):
+            await services.desktops.issue(actor, plain.id)
+        # Nor is it lost on the way through a snapshot, or with the template.
+        snapshot = await services.snapshots.create(actor, box.id, "kept")
+        await services.templates.remove(actor, "other")
+        copy = await site.desk.create(template=None, snapshot=snapshot.id)
+        assert (await site.desk.get(copy)).has_desktop
+
+
 async def test_a_build_that_nobody_follows_ends_in_its_time(site: Site) -> None:
     site.works.waits_in = "first"
     build = await site.build(STEPS)

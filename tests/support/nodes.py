@@ -51,6 +51,7 @@ from sandyard.server.node.generation import Generation
 
 _T = TypeVar("_T")
 _UP = frozenset({Phase.RUNNING, Phase.PAUSED})
+_KINDS = {"desktop-ubuntu": "desktop"}
 SIZE = 4096
 
 _PIECE = 16 * 1024
@@ -357,7 +358,7 @@ class FakeNode:
         self._answer("templates")
         ready, shape = TemplateStatus.READY, Shape(1, 512, 1024)
         return tuple(
-            TemplateFact(slug, slug, "", "headless", ready, shape)
+            TemplateFact(slug, slug, "", _KINDS.get(slug, "headless"), ready, shape)
             for slug in self.templates_ready
             if "@" not in slug
         )

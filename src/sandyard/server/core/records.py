@@ -278,6 +278,7 @@ class Sandbox:
     from_disk_incarnation: int = 0
     is_test: bool = False
     saved_bytes: int = 0
+    has_desktop: bool = False
     mounts: tuple[Mount, ...] = ()
     owner_display_name: str = ""
     owner_email: str = ""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from sandyard.server.core.records import Sandbox
+
 
 @dataclass(frozen=True)
 class SshAddress:
@@ -23,7 +25,7 @@ class SshAddress:
 class Addresses:
     """See the module. `preview_domain` is what the names of previews end in, with a port where
     that is not the usual one; without an `ssh` there is no gateway for that. `desktops` are the
-    templates whose sandboxes have a screen."""
+    installation's templates whose sandboxes have a screen."""
 
     base_url: str
     preview_domain: str
@@ -31,6 +33,10 @@ class Addresses:
     ssh: SshAddress | None = None
     public_ip: str | None = None
     desktops: frozenset[str] = frozenset()
+
+    def has_desktop(self, sandbox: Sandbox) -> bool:
+        """Tell whether a sandbox has a screen."""
+        return sandbox.has_desktop or sandbox.template in self.desktops
 
     def desktop_url(self, sandbox_id: str) -> str:
         """Return the URL of a sandbox's desktop page."""

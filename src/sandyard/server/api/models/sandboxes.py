@@ -216,7 +216,7 @@ def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
     has_key, has_password = bool(sandbox.authorized_keys), sandbox.root_password_hash is not None
     reason, shape = sandbox.reason, sandbox.shape
     slug, _, digest = sandbox.template.partition("@")
-    has_desktop = sandbox.template in where.desktops
+    has_desktop = where.has_desktop(sandbox)
     shown = {name: getattr(sandbox, name) for name in _SHOWN_AS_THEY_ARE}
     shown |= {
         "template": slug,

@@ -312,6 +312,7 @@ sandboxes = Table(
     Column("from_disk_incarnation", Integer, nullable=False, server_default="0"),
     Column("is_test", Boolean, nullable=False, server_default=false()),
     Column("saved_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("has_desktop", Boolean, nullable=False, server_default=false()),
     Column("mounts", JSON, nullable=False, server_default="[]"),
     CheckConstraint(f"status IN ({STATUSES})", name="status"),
     Index("ix_sandboxes_org_created", "org_id", "created_at", "id"),

@@ -438,8 +438,11 @@ class _Job:
                 config = ImageConfig(known.env, known.user, known.workdir, check=known.ready)
                 if wish.network is None:
                     about = replace(about, network=known.network)
-            shipped = {one.slug: one.digest for one in await house.templates.shipped.known()}
-            origin = [wish.base, shipped.get(wish.base)]
+            shipped = {one.slug: one for one in await house.templates.shipped.known()}
+            base = shipped.get(wish.base)
+            if (kin := known or base) is not None:
+                about = replace(about, kind=kin.kind)
+            origin = [wish.base, base.digest if base else None]
             begun = _Begun(config, {"base": wish.base}, origin, base=wish.base)
         if wish.base is None and not wish.has_steps:
             assert begun.made is not None

@@ -278,7 +278,7 @@ class Desktops:
 
     async def _with_desktop(self, actor: Actor, reference: str) -> Sandbox:
         sandbox = await self._register.get(actor, reference)
-        if sandbox.template not in self._addresses.desktops:
+        if not self._addresses.has_desktop(sandbox):
             raise ConflictError(
                 f"cannot show a desktop: {sandbox.id} has none; create one from a template that "
                 "does, such as desktop-ubuntu",

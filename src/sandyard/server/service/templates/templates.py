@@ -176,6 +176,11 @@ class Templates:
             known = self._known[org_id, name] = found
         return known
 
+    async def has_desktop(self, org_id: str, name: str) -> bool:
+        """Tell whether what nodes know by a name is an organization's version with a desktop."""
+        about = await self.about(org_id, name) if "@" in name else None
+        return about is not None and about.kind == "desktop"
+
     # --- an organization's own ------------------------------------------------------------
 
     async def own(self, actor: Actor, slug: str) -> OwnTemplate:
