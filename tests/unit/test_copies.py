@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,32 @@ async def test_a_template_is_copied_once_and_replaced_by_a_newer_one(tmp_path: P
     third = node(tmp_path / "third")
     assert await write(third, *await read(there, "base"))
     assert third.facts()[0].is_copy
+
+
+async def test_copies_that_were_replaced_are_removed(tmp_path: Path) -> None:
+    here, there = node(tmp_path / "here"), node(tmp_path / "there")
+    needed = {"two"}
+
+    def left() -> set[str]:
+        return {one.name for one in there.images_dir.iterdir() if not one.name.startswith(".")}
+
+    for digest in ("one", "two", "three"):
+        built(here, digest)
+        assert await write(there, *await read(here, "base"))
+    now = datetime.now(UTC)
+    there.drop_old(lambda: needed, now=now)
+    assert left() == {"one", "two", "three"}, "what starts at this moment has one of them"
+    later = now + timedelta(hours=1)
+    there.drop_old(lambda: needed, now=later)
+    assert left() == {"two", "three"}
+    needed.clear()
+    there.drop_old(lambda: needed, now=later)
+    assert left() == {"three"}
+    # What a node built itself stays: another version of Sandyard may use it.
+    built(there, "own")
+    built(there, "newer")
+    there.drop_old(lambda: needed, now=later)
+    assert left() == {"own", "newer"}
 
 
 async def test_a_node_keeps_what_it_built_itself(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -313,9 +314,9 @@ async def test_a_version_is_kept_by_its_content_and_boots_with_any_runtime(image
     assert newer.digest != image.digest
     assert newer.roots[0].read_text() == "two tools.erofs"
     assert images.find(image.digest) is not None  # machines of the earlier runtime go on
-    images.drop_old(lambda: {image.digest})
+    images.drop_old(lambda: {image.digest}, now=datetime.now(UTC))
     assert images.find(image.digest) is not None
-    images.drop_old(set)
+    images.drop_old(set, now=datetime.now(UTC))
     assert images.find(image.digest) is None
     assert images.find(newer.digest) is not None
 

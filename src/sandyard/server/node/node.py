@@ -335,7 +335,7 @@ class Node:
         def needed() -> set[str]:
             return self._snapshots.images() | {one.image for one in self._means.records.all()}
 
-        self._means.images.drop_old(needed)
+        self._means.images.drop_old(needed, now=self._means.clock.now())
 
     # --- NodeExports ----------------------------------------------------------------------
 
@@ -390,6 +390,8 @@ class Node:
             self._capacity.check_disk(Shape(1, 0, size_mib))
         async with opened_copy(self._means.images, operation) as opened:
             yield opened
+        if isinstance(operation, WriteCopy):
+            await in_thread(self._drop_images)
         self._means.on_change()
 
     # --- owners ---------------------------------------------------------------------------

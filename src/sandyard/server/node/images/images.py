@@ -10,9 +10,11 @@ digest for a name is whole.
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sandyard.server.core.contracts.node import TemplateFact, TemplateStatus
 from sandyard.server.core.errors import NotFoundError, UnavailableError
@@ -24,6 +26,9 @@ log = logging.getLogger(__name__)
 
 RUNTIMES = ("builder", "base-minimal", "base-ubuntu")
 """The templates, best first, whose kernel and tools the versions of users' templates boot with."""
+
+_REPLACED_S: Final = 600.0
+"""How long a copy stays after a newer one has replaced it."""
 
 
 class Images:
@@ -99,16 +104,37 @@ class Images:
         image = self.current(name)
         return image is not None and image.digest == digest
 
-    def drop_old(self, needed: Callable[[], set[str]]) -> None:
-        """Remove the images of versions that are gone or boot with another runtime by now, except
-        those `needed`."""
+    def drop_old(self, needed: Callable[[], set[str]], *, now: datetime) -> None:
+        """Remove the images of versions that are gone or boot with another runtime by now, and
+        copies of templates that newer ones replaced some time ago, except those `needed`."""
         runtime = self._runtime()
         self.versions.drop_images(needed, runtime.digest if runtime else "")
+        # Other installations may use what is elsewhere.
+        if self.images_dir.parent == self._templates_dir.parent:
+            for slug in self.definitions:
+                self._drop_copies(slug, needed, now)
+
+    def _drop_copies(self, slug: str, needed: Callable[[], set[str]], now: datetime) -> None:
+        state = self._state(slug)
+        old = [one for one in _copies_in(state) if one != state.get("digest")]
+        # A machine that was started just before the change may not have a record yet.
+        if not old or now.timestamp() - self._path(slug).stat().st_mtime < _REPLACED_S:
+            return
+        kept = needed()
+        for digest in old:
+            if digest not in kept:
+                shutil.rmtree(self.images_dir / digest, ignore_errors=True)
+        left = [one for one in _copies_in(state) if (self.images_dir / one).exists()]
+        self._write(slug, {**state, "copies": left})
 
     def use(self, slug: str, digest: str, *, is_copy: bool = False) -> None:
         """Make an image the current one of a template. `is_copy` means that another node built
         it."""
-        self._write(slug, {"digest": digest} | ({"copied": True} if is_copy else {}))
+        copies = _copies_in(self._state(slug))
+        if is_copy and digest not in copies:
+            copies.append(digest)
+        state = {"digest": digest, "copies": copies}
+        self._write(slug, state | ({"copied": True} if is_copy else {}))
 
     def is_own(self, slug: str) -> bool:
         """Tell whether the current image of a template was built here."""
@@ -157,7 +183,7 @@ class Images:
 
     def _state(self, slug: str) -> dict[str, object]:
         try:
-            state = self._load(self._templates_dir / f"{slug}.json")
+            state = self._load(self._path(slug))
         except (OSError, ValueError):
             return {}
         return state if isinstance(state, dict) else {}
@@ -176,7 +202,18 @@ class Images:
         self._templates_dir.mkdir(parents=True, exist_ok=True)
         part = self._templates_dir / f"{slug}.json.part"
         part.write_text(json.dumps(state))
-        part.replace(self._templates_dir / f"{slug}.json")
+        part.replace(self._path(slug))
+
+    def _path(self, slug: str) -> Path:
+        return self._templates_dir / f"{slug}.json"
+
+
+def _copies_in(state: Mapping[str, object]) -> list[str]:
+    """Return the digests of the copies that are here, or were. An earlier version noted none."""
+    copies = state.get("copies")
+    if isinstance(copies, list):
+        return [str(one) for one in copies]
+    return [str(state["digest"])] if state.get("copied") else []
 
 
 def _is_alive(pid: object) -> bool:
