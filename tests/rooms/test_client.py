@@ -107,6 +107,9 @@ async def test_a_sandboxs_life_from_threads(opened: Door, tmp_path: Path) -> Non
                 with pytest.raises(TypeError, match="AsyncSandbox"):
                     box.exec("count 3", on_stdout=hear)
                 assert box.exec("hello", timeout_s=None).stdout.strip() == "hello"
+                for limit_s in (None, 600.0, 20.0):
+                    found = yard.execute(box.id, "hello", timeout_s=limit_s)
+                    assert repr(found).startswith("ExecResult(exit_code=0, stdout='hello")
                 with pytest.raises(ValueError, match="time-out"):
                     box.exec("hello", timeout_s=0)
                 for _ in box.run("cat", stdin=b"once", timeout_s=60):

@@ -710,3 +710,13 @@ def test_a_full_disk_has_its_number() -> None:
     )
     assert isinstance(error, sdk.NoSpaceError)
     assert (error.errno, str(error)) == (errno.ENOSPC, "/a: full")
+
+
+def test_a_result_is_shown_with_the_beginning_of_its_output() -> None:
+    done = sdk.ExecResult(b"hello\n", b"", 0, 5, False, False)
+    assert repr(done) == r"ExecResult(exit_code=0, stdout='hello\n')"
+    failed = sdk.ExecResult(b"x" * 300, b"\xff!", 7, 5, True, False)
+    shown = "x" * 200 + "…"
+    assert repr(failed) == (
+        f"ExecResult(exit_code=7, stdout={shown!r}, stderr='\ufffd!', timed_out=True)"
+    )

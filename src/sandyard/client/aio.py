@@ -80,7 +80,7 @@ class AsyncSandyard(AsyncConnection):
         reference: str,
         command: str | Sequence[str],
         *,
-        timeout_s: float = 30.0,
+        timeout_s: float | None = calls.EXEC_S,
         cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
@@ -88,6 +88,17 @@ class AsyncSandyard(AsyncConnection):
         user: str | int | None = None,
     ) -> ExecResult:
         """See `Sandyard.execute`."""
+        if timeout_s is None or not calls.is_one_request(timeout_s, stdin):
+            sandbox = await self.get(reference)
+            return await sandbox.exec(
+                command,
+                timeout_s=timeout_s,
+                cwd=cwd,
+                make_cwd=make_cwd,
+                env=env,
+                stdin=stdin,
+                user=user,
+            )
         call = calls.execute(
             reference,
             command,

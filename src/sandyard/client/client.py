@@ -90,7 +90,7 @@ class Sandyard(Connection):
         reference: str,
         command: str | Sequence[str],
         *,
-        timeout_s: float = 30.0,
+        timeout_s: float | None = calls.EXEC_S,
         cwd: RemotePath | None = None,
         make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
@@ -98,7 +98,17 @@ class Sandyard(Connection):
         user: str | int | None = None,
     ) -> ExecResult:
         """Run a command in a sandbox and return its result. A string is a shell command line, a
-        sequence is a program and its arguments."""
+        sequence is a program and its arguments. `timeout_s=None` means no limit."""
+        if timeout_s is None or not calls.is_one_request(timeout_s, stdin):
+            return self.get(reference).exec(
+                command,
+                timeout_s=timeout_s,
+                cwd=cwd,
+                make_cwd=make_cwd,
+                env=env,
+                stdin=stdin,
+                user=user,
+            )
         call = calls.execute(
             reference,
             command,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+_SHOWN_MAX = 200
 RemotePath = str | PurePosixPath
 """A path in a sandbox or workspace."""
 
@@ -176,7 +177,7 @@ class BuildLine:
     time: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExecResult:
     """The result of a command; `print` shows its output. In text, invalid UTF-8 becomes U+FFFD;
     bytes are exact."""
@@ -187,6 +188,15 @@ class ExecResult:
     duration_ms: int
     timed_out: bool
     truncated: bool
+
+    def __repr__(self) -> str:
+        """Return the exit code and the beginning of the output."""
+        text = f"exit_code={self.exit_code}, stdout={_beginning(self.stdout)}"
+        if self.stderr_bytes:
+            text += f", stderr={_beginning(self.stderr)}"
+        for name in ("timed_out", "truncated"):
+            text += f", {name}=True" if getattr(self, name) else ""
+        return f"ExecResult({text})"
 
     def __str__(self) -> str:
         """Return the output, standard error after standard output, so that `print` shows it."""
@@ -201,6 +211,10 @@ class ExecResult:
     def stderr(self) -> str:
         """Standard error."""
         return self.stderr_bytes.decode(errors="replace")
+
+
+def _beginning(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_MAX else text[:_SHOWN_MAX] + "…")
 
 
 @dataclass(frozen=True)
