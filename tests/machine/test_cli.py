@@ -66,10 +66,10 @@ def test_a_sandboxs_life_on_the_command_line(server: RealServer) -> None:
         assert "restarted cli" in restart.stdout
     # It has booted by itself now, whatever it was a clone of before.
     assert "sandyard agent: ready" in server.run("sandbox", "logs", "cli").stdout
-    both = server.run("sandbox", "destroy", "nothing", "cli", check=False)
-    assert (both.returncode, both.stdout) == (1, "destroyed cli\n")
+    both = server.run("sandbox", "delete", "nothing", "cli", check=False)
+    assert (both.returncode, both.stdout) == (1, "deleted cli\n")
     server.run("sandbox", "create", "--template", "base-minimal", "--name", "cli")
-    assert "destroyed cli" in server.run("sandbox", "delete", "cli").stdout  # as it was called
+    assert "deleted cli" in server.run("sandbox", "destroy", "cli").stdout  # as it was called
     gone = server.run("sandbox", "get", "cli", check=False)
     assert gone.returncode == 1
     assert "not_found" in gone.stderr
@@ -324,7 +324,7 @@ def test_keys_and_figures_on_the_command_line(server: RealServer, box: str, tmp_
     )
     added = json.loads(run("ssh-key", "add", "laptop", "--file", str(key), "--json"))
     assert added["id"] in run("ssh-key", "list")
-    assert "removed laptop" in run("ssh-key", "remove", "laptop")
+    assert "deleted laptop" in run("ssh-key", "delete", "laptop")
     key.write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     assert "private key" in run("ssh-key", "add", "x", "--file", str(key), ok=False)
     assert "of a test" in run("auth", "keys", "list")

@@ -42,7 +42,7 @@ def test_an_operator_sets_up_a_team(tmp_path: Path) -> None:
     assert [line.split()[2] for line in ledger.splitlines()[1:]] == ["adjustment", "grant", "grant"]
     admin("org", "limit", slug, "sandboxes", "3")
     admin("org", "plan", slug, "team")
-    listed = admin("orgs")
+    listed = admin("org", "list")
     assert slug in listed
     assert "team" in listed
     admin("user", "operator", "ada@acme.example")
@@ -63,7 +63,7 @@ def test_an_operator_sets_up_a_team(tmp_path: Path) -> None:
         (("user", "role", "default", "admin@localhost", "king"), "admin and member"),
         (("key", "create", "default", "a@b.c", "k"), "cannot find the user"),
         (("key", "create", "default", "admin@localhost", "k", "--scope", "all"), "known are"),
-        (("grant", "nobody", "5"), "admin orgs"),
+        (("grant", "nobody", "5"), "admin org list"),
         (("grant", "default", "0"), "cannot post 0"),
     ],
 )

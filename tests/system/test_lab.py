@@ -769,7 +769,7 @@ def test_the_certificate_authority_is_replaced_while_all_is_used(built: Lab) -> 
         until_all("trusts both", lambda one: len(papers(one, "authority")) == 2)
         (second,) = set(papers(control, "authority")) - {first}
         key = second.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
-        until_said("use", "then sandyard admin authority remove")
+        until_said("use", "then sandyard admin authority delete")
         until_all("has a certificate of the second", lambda one: key == _issuer_of(one))
         until_said("remove", "shows no certificate of the new authority")
         reload_nats()

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from sandyard.cli import copy, live, output, sandbox, ways
 from sandyard.cli import main as entry
 from sandyard.cli.credentials import secret_of
+from sandyard.cli.sandbox import seconds_of
 from sandyard.client import ApiError, Sandbox, Sandyard, SshAccess
 from sandyard.client.config import ClientConfig
 from sandyard.server.links.identities import Authority
@@ -143,9 +144,9 @@ def test_get_says_why_and_a_guest_moves_no_cursor(run: CliRunner) -> None:
 def test_of_several_references_each_is_tried(run: CliRunner) -> None:
     done = run.invoke(entry.app, ["sandbox", "delete", "a", "gone", "b"])
     assert done.exit_code == 1
-    assert done.stdout.split("\n")[:2] == ["destroyed a", "destroyed b"]
+    assert done.stdout.split("\n")[:2] == ["deleted a", "deleted b"]
     again = run.invoke(entry.app, ["sandbox", "destroy", "a"])
-    assert (again.exit_code, again.stdout) == (0, "destroyed a\n")
+    assert (again.exit_code, again.stdout) == (0, "deleted a\n")
     assert "cannot find it \\x07" in done.stderr
 
 
@@ -360,3 +361,22 @@ def test_a_secret_comes_from_a_file_or_a_pipe_and_with_a_warning_from_an_argumen
 def test_secrets_are_not_shown_by_repr() -> None:
     assert "rt_live" not in repr(ClientConfig("http://x", "rt_live_secret"))
     assert "PRIVATE" not in repr(Authority.new("test", datetime.now(UTC)))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("90", 90), ("45s", 45), ("30m", 1800), ("12h", 43_200), ("30d", 2_592_000)],
+)
+def test_times_are_seconds_or_have_a_unit(text: str, seconds: int) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "d", "-1", "1.5h", "30 d", "1w", "٣d", "1" * 12])
+def test_what_is_no_time_is_refused_with_what_to_write(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="write seconds"):
+        seconds_of(text)
+
+
+def test_a_list_is_cut_at_a_limit(run: CliRunner) -> None:
+    listed = run.invoke(entry.app, ["sandbox", "list", "--json", "--limit", "2"]).stdout
+    assert [each["id"] for each in json.loads(listed)] == IDS[:2]

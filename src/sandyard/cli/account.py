@@ -204,19 +204,20 @@ def _show_ssh_keys(found: list[dict[str, Any]]) -> None:
     )
 
 
-@ssh_key.command("remove")
-def remove_ssh_keys(
+@ssh_key.command("remove", hidden=True)
+@ssh_key.command("delete")
+def delete_ssh_keys(
     references: Annotated[list[str], typer.Argument(help="Ids or names.")],
 ) -> None:
     """Delete public keys. Sandboxes that accepted them through their ids no longer do."""
     with open_client() as client:
         ids = {one["name"]: one["id"] for one in _all(client, _SSH_KEYS)}
 
-        def remove(one: str) -> str:
+        def delete(one: str) -> str:
             client.ask("DELETE", f"{_SSH_KEYS}/{ids.get(one, one)}")
-            return f"removed {one}"
+            return f"deleted {one}"
 
-        for_each(references, remove)
+        for_each(references, delete)
 
 
 def usage(

@@ -59,7 +59,8 @@ def _money(cents: int) -> str:
     return shown
 
 
-@app.command("orgs")
+@app.command("orgs", hidden=True)
+@org.command("list")
 def list_orgs() -> None:
     """List organizations, their balance and running sandboxes."""
     columns = ("slug", "name", "plan", "balance", "members", "running", "id")
@@ -182,8 +183,9 @@ def change_role(
     out.print(f"{who} is {role}")
 
 
-@user.command("remove")
-def remove_user(organization: Org, who: Who) -> None:
+@user.command("remove", hidden=True)
+@user.command("delete")
+def delete_user(organization: Org, who: Who) -> None:
     """Remove a member and revoke their keys. Their sandboxes stay."""
     _do(lambda admin: admin.remove_member(organization, who))
     out.print(f"{who} is no member any more")
@@ -488,8 +490,9 @@ def use_authority(yes: Sure = False) -> None:
     _show_authorities(lambda own, settings: own.use_authority(settings, is_sure=yes))
 
 
-@authority.command("remove")
-def remove_authority(yes: Sure = False) -> None:
+@authority.command("remove", hidden=True)
+@authority.command("delete")
+def delete_authority(yes: Sure = False) -> None:
     """Have hosts trust the authority in use alone: the third step."""
     _show_authorities(lambda own, settings: own.remove_authority(settings, is_sure=yes))
 

@@ -1,11 +1,13 @@
 """`sandyard sandbox …`: what a user does with sandboxes."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
@@ -51,6 +53,23 @@ Inject = Annotated[
     ),
 ]
 References = Annotated[list[str], typer.Argument(help="Ids or names.", autocompletion=_known)]
+
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def seconds_of(text: str) -> int:
+    """Return the seconds of a time such as 90, 30m or 30d.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text.strip(), re.ASCII)
+    if found is None:
+        raise typer.BadParameter(
+            f"{text!r} is no time: write seconds, or such as 90s, 30m, 12h, 30d"
+        )
+    return int(found[1]) * _SECONDS[found[2]]
 
 
 def open_client() -> Sandyard:
@@ -147,14 +166,24 @@ def create(
     ] = None,
     project: Annotated[str | None, typer.Option(help="The project.")] = None,
     expires_in: Annotated[
-        int | None, typer.Option(help="Seconds until it is deleted automatically.")
+        int | None,
+        typer.Option(
+            help="The time until it is deleted automatically: seconds, or 30m, 12h, 30d.",
+            parser=seconds_of,
+            metavar="TIME",
+        ),
     ] = None,
     on_expiry: Annotated[
         str | None,
         typer.Option(help="`pause`: pause it at that time instead. A resume restarts the period."),
     ] = None,
     idle_timeout: Annotated[
-        int | None, typer.Option(help="Seconds of inactivity until it is paused. 0: never.")
+        int | None,
+        typer.Option(
+            help="The time of inactivity until it is paused: seconds, or 30m, 12h. 0: never.",
+            parser=seconds_of,
+            metavar="TIME",
+        ),
     ] = None,
     wait: Annotated[int, typer.Option(help="Seconds to wait until it is running.")] = 60,
     as_json: Json = False,
@@ -324,11 +353,12 @@ def list_(
         str | None,
         typer.Option(help="Only sandboxes on the node with this id; for admins.", metavar="NODE"),
     ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many, the newest.")] = None,
     as_json: Json = False,
 ) -> None:
     """List sandboxes, newest first."""
     with open_client() as client:
-        found = list(client.list(status=status, tags=tag or [], node_id=node))
+        found = list(islice(client.list(status=status, tags=tag or [], node_id=node), limit))
     if as_json:
         show_json([dict(one.raw) for one in found])
     else:
@@ -485,14 +515,14 @@ def rollback(
     typer.echo(f"{reference} is as it was in {snapshot}")
 
 
-@app.command("delete", hidden=True)
+@app.command("destroy", hidden=True)
 @app.command()
-def destroy(references: References) -> None:
+def delete(references: References) -> None:
     """Delete sandboxes and wait until they are gone."""
     with open_client() as client:
 
         def delete_one(reference: str) -> str:
             client.delete(reference)
-            return f"destroyed {reference}"
+            return f"deleted {reference}"
 
         for_each(references, delete_one)

@@ -468,7 +468,7 @@ async def _organization(tx: Transaction, reference: str) -> Organization:
         if reference in (one.id, one.slug):
             return one
     raise NotFoundError(
-        f"cannot find the organization {reference!r}: `sandyard admin orgs` lists ids and slugs"
+        f"cannot find the organization {reference!r}: `sandyard admin org list` lists ids and slugs"
     )
 
 
