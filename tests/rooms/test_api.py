@@ -874,3 +874,21 @@ async def test_network_rules_over_http(yard: Yard) -> None:
     for method, below in (("GET", "network"), ("PUT", "network"), ("GET", "egress")):
         answer = await yard.client.request(method, f"/v1/sandboxes/nobodys/{below}", json={})
         assert answer.status_code == 404
+
+
+async def test_text_that_may_have_nul_is_described_so_and_no_error_quotes_one(yard: Yard) -> None:
+    box = (await yard.client.post("/v1/sandboxes?wait=10", json={})).json()["data"]
+    wish = {"command": "cat", "stdin": "a\x00b"}
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json=wish)
+    assert answer.status_code == 200, answer.text
+    schemas = (await yard.client.get("/openapi.json")).json()["components"]["schemas"]
+    fields = [
+        ("Exec", "stdin"), ("WriteStdin", "data"), ("FileIn", "contents"), ("RunCode", "code"),
+        ("RunCode", "stdin"), ("CreateEntry", "contents"), ("ChangeEntry", "contents"),
+    ]  # fmt: skip
+    for name, field in fields:
+        assert "pattern" not in json.dumps(schemas[name]["properties"][field]), (name, field)
+    assert "pattern" in schemas["CreateSandbox"]["properties"]["template"]
+    for path in ("/v1/nothing/a%00b", "/v1/sandboxes/a%00b/files/metadata?path=/a%00b"):
+        refused = (await yard.client.get(path)).json()["error"]
+        assert "\x00" not in json.dumps(refused, ensure_ascii=False), path

@@ -115,7 +115,7 @@ def answer_error(
 
 def _body(error: SandyardError, name: Callable[[str], str]) -> dict[str, object]:
     hint = _HINTS.get(error.code)
-    message = error.message_with(name)
+    message = _without_nul(error.message_with(name))
     body: dict[str, object] = {
         "code": _SHOWN.get(error.code, error.code).value,
         "message": f"{message}; {hint}" if hint else message,
@@ -124,10 +124,17 @@ def _body(error: SandyardError, name: Callable[[str], str]) -> dict[str, object]
         body["details"] = {
             wire_name(fact): name(value)
             if fact in ("field", "limit") and isinstance(value, str)
+            else _without_nul(value)
+            if isinstance(value, str)
             else value
             for fact, value in error.facts.items()
         }
     return body
+
+
+def _without_nul(text: str) -> str:
+    """Return a text that may quote a request, as the schema says that all text is."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def install_handlers(app: FastAPI) -> None:

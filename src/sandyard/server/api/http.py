@@ -146,7 +146,9 @@ def _forbid_nul(schema: Any) -> None:
         for one in schema:
             _forbid_nul(one)
     elif isinstance(schema, dict):
-        is_known = schema.keys() & {"pattern", "enum", "format", "const", "allOf"}
+        is_known = schema.keys() & {
+            "pattern", "enum", "format", "const", "allOf", "contentMediaType"
+        }  # fmt: skip
         if schema.get("type") == "string" and not is_known:
             schema["pattern"] = _NO_NUL
         for name, one in schema.items():

@@ -35,6 +35,10 @@ Time = Annotated[
 ]
 
 
+Content = Annotated[str, Field(json_schema_extra={"contentMediaType": "text/plain"})]
+"""Text that may have any character; elsewhere U+0000 is refused, and the schema says so."""
+
+
 class Model(BaseModel):
     """Base of all models: camelCase in JSON, strict types, unknown fields ignored."""
 

@@ -13,6 +13,7 @@ from sandyard.server.api.models.base import (
     DEFAULT_USER,
     NOT_BLANK,
     Body,
+    Content,
     Cwd,
     Env,
     MakeCwd,
@@ -50,7 +51,7 @@ class Exec(Body):
     cwd: Cwd | None = Field(None, description=DEFAULT_CWD)
     make_cwd: MakeCwd = False
     env: Env = {}
-    stdin: str | None = Field(
+    stdin: Content | None = Field(
         None, description=f"What it reads on standard input, up to {STDIN_MAX // 2**20} MiB."
     )
     stdin_encoding: Literal["utf8", "utf-8", "base64"] = Field(

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sandyard.server.api.models.base import Body, Cwd, Model, Time, UserName, bounds
+from sandyard.server.api.models.base import Body, Content, Cwd, Model, Time, UserName, bounds
 from sandyard.server.service.sandboxes.contexts import TIMEOUT_MS, Context, Piece
 from sandyard.server.service.sandboxes.reports import CodeError, Result
 
@@ -23,8 +23,8 @@ class NewContext(Body):
 class RunCode(Body):
     """A piece of code."""
 
-    code: str = Field(examples=["x = 6 * 7\nx"], description="Up to 1 MiB.")
-    stdin: str = Field("", description="What the code reads from its standard input.")
+    code: Content = Field(examples=["x = 6 * 7\nx"], description="Up to 1 MiB.")
+    stdin: Content = Field("", description="What the code reads from its standard input.")
     timeout: int = Field(
         60_000,
         json_schema_extra=bounds(TIMEOUT_MS.start, TIMEOUT_MS.stop - 1),

@@ -13,6 +13,7 @@ from sandyard.server.api.models.base import (
     DEFAULT_USER,
     NOT_BLANK,
     Body,
+    Content,
     Cwd,
     Env,
     MakeCwd,
@@ -115,7 +116,7 @@ class WriteStdin(Body):
 
     model_config = ConfigDict(json_schema_extra=in_base64("encoding", "data"))
 
-    data: str = Field("", description=f"Up to {INPUT_MAX // 2**20} MiB.")
+    data: Content = Field("", description=f"Up to {INPUT_MAX // 2**20} MiB.")
     encoding: Encoding = Field("utf8", description="How `data` is written.")
     close: bool = Field(False, description="End its input when all is written.")
 

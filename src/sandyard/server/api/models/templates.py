@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from sandyard.server.api.models.base import Body, Env, Model, Time, UserName
+from sandyard.server.api.models.base import Body, Content, Env, Model, Time, UserName
 from sandyard.server.api.models.network import NetworkIn
 from sandyard.server.core.contracts.node import TemplateFact
 from sandyard.server.core.errors import InvalidArgumentError
@@ -49,7 +49,7 @@ class FileIn(Body):
     """A file to write: `contents` is text, `contentsBase64` bytes."""
 
     path: str = Field(examples=["/etc/motd"], json_schema_extra={"pattern": "^/"})
-    contents: str | None = None
+    contents: Content | None = None
     contents_base64: str | None = Field(None, json_schema_extra={"contentEncoding": "base64"})
     mode: str = Field("644", examples=["755"], description="Permissions in octal.")
 

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from pydantic.config import JsonDict
 
 from sandyard.server.api.errors import error_out
-from sandyard.server.api.models.base import Body, Model, Time, Title
+from sandyard.server.api.models.base import Body, Content, Model, Time, Title
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import SLUG, checked_text
 from sandyard.server.core.records import Sandbox, Workspace
@@ -172,9 +172,10 @@ class MeasureOut(Model):
 
 
 _NAME = r"^(?!\.{1,2}$)[^/\x00]{1,255}$"
+_ANY_TEXT: JsonDict = {"type": "string", "contentMediaType": "text/plain"}
 _TARGET_OR_CONTENTS: JsonDict = {
     "if": {"properties": {"operation": {"const": "write"}}},
-    "then": {"required": ["contents"], "properties": {"contents": {"type": "string"}}},
+    "then": {"required": ["contents"], "properties": {"contents": _ANY_TEXT}},
     "else": {
         "if": {"properties": {"operation": {"const": "rename"}}},
         "then": {
@@ -194,7 +195,7 @@ class CreateEntry(Body):
         json_schema_extra={"maxLength": 255, "pattern": _NAME},
     )
     type: Literal["file", "folder", "directory"] = "file"
-    contents: str = ""
+    contents: Content = ""
     overwrite: bool = Field(False, description="Replace a file that is there.")
 
 
@@ -209,7 +210,7 @@ class ChangeEntry(Body):
         description="`rename`: the new name. `move`, `copy`: an existing directory to put it into, "
         "or the new path.",
     )
-    contents: str | None = Field(None, description="`write`: the new content.")
+    contents: Content | None = Field(None, description="`write`: the new content.")
     overwrite: bool = Field(False, description="Replace a file that has the target's name.")
 
 
