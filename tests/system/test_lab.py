@@ -311,6 +311,7 @@ def test_without_nats_no_node_is_lost_and_what_runs_is_used(
     node = f'node="{built.known()["one"].id}"'
     assert re.search(rf'^sandyard_machines\{{{node},state="running"\}} [1-9]', said, re.M)
     assert re.search(rf"^sandyard_node_report_age_seconds\{{{node}\}} [1-9]", said, re.M)
+    assert re.search(rf'^sandyard_node_info\{{name="one",{node},version="[^"]+"\}} 1', said, re.M)
     refused = built.client.post("/v1/sandboxes", json={"template": "base-minimal"})
     assert refused.status_code == 503
     assert int(refused.headers["Retry-After"]) > 0

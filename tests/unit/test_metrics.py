@@ -1,7 +1,12 @@
 """What is told to Prometheus."""
 
+from datetime import UTC, datetime
+
 from sandyard.server.app.metrics import Metrics, Told
 from sandyard.server.core.contracts.node import NodeReport, ShelfFact
+from sandyard.server.core.records import JoinedNode
+
+JOINED = JoinedNode("b", "rack 2", datetime(2026, 1, 1, tzinfo=UTC), version="0.1.0+abc")
 
 
 def test_shelves_are_told_apart_by_node_and_by_disk_alone() -> None:
@@ -10,7 +15,7 @@ def test_shelves_are_told_apart_by_node_and_by_disk_alone() -> None:
     usual = ShelfFact("base-ubuntu", 2, 4096, 10240, size=3, target=4, failures=2)
     one, other = (
         Told(NodeReport("a", (), shelves=(small, usual, version))),
-        Told(NodeReport("b", (), shelves=(usual,)), age_s=7.5),
+        Told(NodeReport("b", (), shelves=(usual,)), age_s=7.5, joined=JOINED),
     )
     metrics = Metrics(version="1")
     lines = metrics.render([one, other]).decode().splitlines()
@@ -23,5 +28,7 @@ def test_shelves_are_told_apart_by_node_and_by_disk_alone() -> None:
     assert 'sandyard_pool_versions{node="a"} 5.0' in lines
     assert f"sandyard_pool_target{{{labels}}} 4.0" in lines
     assert 'sandyard_node_report_age_seconds{node="b"} 7.5' in lines
+    assert 'sandyard_node_info{name="rack 2",node="b",version="0.1.0+abc"} 1.0' in lines
+    assert not any(one.startswith('sandyard_node_info{name="a"') for one in lines)
     # A node that was forgotten is shown no longer.
     assert 'node="b"' not in metrics.render([one]).decode()

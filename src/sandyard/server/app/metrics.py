@@ -33,6 +33,7 @@ from sandyard.server.app.settings import Settings
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import MachineFact, NodeControl, NodeReport, Phase, Way
 from sandyard.server.core.errors import NotFoundError, UnavailableError
+from sandyard.server.core.records import JoinedNode
 from sandyard.server.service.nodes import Nodes
 
 _FORWARDING = ("forwarded", "via", "x-real-ip")
@@ -46,10 +47,12 @@ _STATES = (*(phase.value for phase in Phase if phase not in _UNREPORTED), _SILEN
 
 @dataclass(frozen=True)
 class Told:
-    """What a node reported, and how many seconds ago."""
+    """What a node reported, and how many seconds ago; `joined` is what is known of it if it is on
+    another host."""
 
     report: NodeReport
     age_s: float = 0.0
+    joined: JoinedNode | None = None
 
 
 class Metrics:
@@ -130,6 +133,12 @@ class Metrics:
             ("node",),
             registry=self._registry,
         )
+        self._joined = Gauge(
+            "sandyard_node_info",
+            "A node on another host, with its name and version.",
+            ("node", "name", "version"),
+            registry=self._registry,
+        )
         self._nodes = Gauge(
             "sandyard_nodes",
             "Nodes, by whether they answer.",
@@ -190,13 +199,15 @@ class Metrics:
         """Return all metrics in Prometheus's text format, including what the nodes report."""
         of_nodes = (
             self._machines, self._pool, self._pool_versions, self._pool_target,
-            self._pool_failures, self._goldens, self._ages,
+            self._pool_failures, self._goldens, self._ages, self._joined,
         )  # fmt: skip
         for gauge in of_nodes:
             gauge.clear()
         for one in told:
             node_id = one.report.node_id
             self._ages.labels(node_id).set(one.age_s)
+            if one.joined is not None:
+                self._joined.labels(node_id, one.joined.name, one.joined.version).set(1)
             self._goldens.labels(node_id).set(one.report.goldens)
             tally = Tally(_state_of(fact) for fact in one.report.machines)
             for state in _STATES:
@@ -254,7 +265,10 @@ class NodeReports:
         now = self._clock.monotonic()
         known = {one: told for one, told in self._last.items() if one in every}
         self._last = known | {one.node_id: (now, one) for one in found}
-        return [Told(report, now - at) for at, report in self._last.values()]
+        return [
+            Told(report, now - at, self._nodes.joined(report.node_id))
+            for at, report in self._last.values()
+        ]
 
     async def _report_of(self, node: NodeControl) -> NodeReport | None:
         with suppress(UnavailableError):

@@ -18,6 +18,7 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.egress import Credentials, Policy
 from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
+from sandyard.server.core.records import JoinedNode
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.roster import Heartbeat, Roster
 from sandyard.server.tasks import attended
@@ -186,6 +187,10 @@ class Nodes:
     def are_remote(self) -> bool:
         """Whether the nodes are on other hosts."""
         return self._roster is not None
+
+    def joined(self, node_id: str) -> JoinedNode | None:
+        """Return what is known of a node on another host."""
+        return None if self._roster is None else self._roster.nodes.get(node_id)
 
     def takes_new(self, node_id: str) -> bool:
         """Tell whether new sandboxes may be placed on a node."""
