@@ -1,12 +1,33 @@
 """What is told to Prometheus."""
 
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
+import pytest
+from tests.support.house import settings_of
+
+from sandyard.server.app.member import metrics_host
 from sandyard.server.app.metrics import Metrics, Told
 from sandyard.server.core.contracts.node import NodeReport, ShelfFact
 from sandyard.server.core.records import JoinedNode
 
 JOINED = JoinedNode("b", "rack 2", datetime(2026, 1, 1, tzinfo=UTC), version="0.1.0+abc")
+
+
+@pytest.mark.parametrize(
+    ("http", "host"),
+    [
+        ({}, "127.0.0.1"),
+        ({"metrics_token": "x" * 32}, "10.0.0.6"),
+        ({"metrics_token": "x" * 32, "host": "10.0.0.7"}, "10.0.0.7"),
+    ],
+)
+def test_a_node_shows_metrics_to_other_hosts_if_there_is_a_token(
+    http: dict[str, str], host: str, tmp_path: Path
+) -> None:
+    sections: Any = {"http": http, "cluster": {"host": "10.0.0.6"}}
+    assert metrics_host(settings_of(tmp_path, sections=sections)) == host
 
 
 def test_shelves_are_told_apart_by_node_and_by_disk_alone() -> None:

@@ -288,8 +288,17 @@ async def _metrics_server(settings: Settings, metrics: Metrics, node: Node) -> A
         exception_handlers={NotFoundError: refused},
     )
     server = http_server(app, settings.http)
-    async with served_on(server, settings.http.host, port, "SANDYARD_CLUSTER__METRICS_PORT"):
+    async with served_on(server, metrics_host(settings), port, "SANDYARD_CLUSTER__METRICS_PORT"):
         yield
+
+
+def metrics_host(settings: Settings) -> str:
+    """Return the address on which a node serves its metrics. Without a token only its own host may
+    read them, so that `http.host`, loopback by default, will do."""
+    http = settings.http
+    if "host" in http.model_fields_set or http.metrics_token is None:
+        return http.host
+    return settings.cluster.host
 
 
 def _tell(crew: Crew, registry: NatsPresence, node_id: str) -> None:

@@ -682,8 +682,9 @@ class ClusterSettings(Section):
         None,
         ge=1,
         le=65535,
-        description="Nodes: the port for the node's own /metrics, on `http.host` and protected "
-        "by `http.metrics_token`. Default: none.",
+        description="Nodes: the port for the node's own /metrics. With an `http.metrics_token` "
+        "it is on `cluster.host`, else on this host alone; `http.host` overrides both. Default: "
+        "none.",
     )
     address: str | None = Field(
         None,
