@@ -11,9 +11,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from tests.support.house import settings_of
 
 from sandyard.server.app import logs
 from sandyard.server.app.installation import only_server, running_server
+from sandyard.server.app.wiring import check_home
 from sandyard.server.core import wire
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.links.local import AgreedClock, SystemClock
@@ -194,3 +196,10 @@ def test_what_a_guest_says_moves_no_cursor_and_fits_every_database() -> None:
     assert answer is not None
     assert answer.message == "bad\ufffd[2J\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd news"
     assert answer.error == "x\ufffd"
+
+
+async def test_only_root_starts_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(UnavailableError, match="root is needed; run it with sudo"):
+        await check_home(settings_of(tmp_path, driver="auto"))
+    await check_home(settings_of(tmp_path))

@@ -89,14 +89,18 @@ async def identity_of(settings: Settings) -> Identity:
 
 
 async def check_home(settings: Settings) -> None:
-    """Return if the accounts of machines can reach the installation's files.
+    """Return if this process may start machines, and their accounts can reach the installation's
+    files.
 
     Raises:
-        UnavailableError: they cannot; the message names the directory and two remedies.
+        UnavailableError: one of them is not so; the message says what to do.
     """
-    if settings.node.driver != "fake" and os.geteuid() == 0:
-        uid = (await identity_of(settings)).uid_first
-        await check_enterable(settings.home, machine_folders(settings), uid)
+    if settings.node.driver == "fake":
+        return
+    if os.geteuid() != 0:
+        raise UnavailableError("cannot start machines: root is needed; run it with sudo")
+    uid = (await identity_of(settings)).uid_first
+    await check_enterable(settings.home, machine_folders(settings), uid)
 
 
 def machine_folders(settings: Settings) -> list[Path]:
