@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.support.house import Yard, eventually, open_yard, until
+from tests.support.house import EACH_STORE, Yard, eventually, open_yard, store_section, until
 
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.states import Status
@@ -32,8 +32,11 @@ def nested(depth: int) -> list[object]:
 
 
 @pytest.fixture
-async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
-    async with open_yard(tmp_path) as opened:
+async def yard(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Yard]:
+    async with (
+        store_section(getattr(request, "param", "sqlite")) as sections,
+        open_yard(tmp_path, sections=sections) as opened,
+    ):
         yield opened
 
 
@@ -795,6 +798,7 @@ async def test_a_record_that_cannot_be_read_costs_no_disk(tmp_path: Path) -> Non
         assert (folder / "body-1/disk.ext4").exists()
 
 
+@pytest.mark.parametrize("yard", EACH_STORE, indirect=True)
 async def test_secrets_over_http(yard: Yard) -> None:
     body = {"name": "github", "value": "hidden-7c1", "hosts": ["API.github.com", "*.github.com"]}
     answer = await yard.client.post("/v1/secrets", json=body)
@@ -841,6 +845,7 @@ async def test_secrets_over_http(yard: Yard) -> None:
     assert "hidden" not in str(lines)
 
 
+@pytest.mark.parametrize("yard", EACH_STORE, indirect=True)
 async def test_network_rules_over_http(yard: Yard) -> None:
     made = await yard.create(network={"egress": "deny", "allow": ["GitHub.com", "github.com:22"]})
     path = f"/v1/sandboxes/{made['id']}"

@@ -16,6 +16,7 @@ import anyio
 import httpx
 import pytest
 from tests.support.door import Door, door
+from tests.support.house import EACH_STORE, store_section
 from tests.support.ports import free_port
 
 from sandyard.client import (
@@ -40,8 +41,11 @@ T = TypeVar("T")
 
 
 @pytest.fixture
-async def opened(tmp_path: Path) -> AsyncIterator[Door]:
-    async with door(tmp_path, saves=True) as made:
+async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Door]:
+    async with (
+        store_section(getattr(request, "param", "sqlite")) as store,
+        door(tmp_path, saves=True, store=store) as made,
+    ):
         yield made
 
 
@@ -467,6 +471,7 @@ async def test_what_may_have_been_done_is_not_done_again() -> None:
 INJECT = [{"host": "a.test", "headers": {"X-Key": "k ${TOKEN}"}}]
 
 
+@pytest.mark.parametrize("opened", EACH_STORE, indirect=True)
 async def test_secrets_and_network_rules(opened: Door) -> None:
     with yard_of(opened) as yard:
         made = await concurrently(lambda: yard.add_secret("token", "hidden-1", ["a.test"]))
@@ -499,6 +504,7 @@ async def test_secrets_and_network_rules(opened: Door) -> None:
             await yard.delete_secret("TOKEN")
 
 
+@pytest.mark.parametrize("opened", EACH_STORE, indirect=True)
 async def test_the_command_line_keeps_secrets_and_rules(opened: Door, tmp_path: Path) -> None:
     environment = os.environ | {
         "SANDYARD_URL": f"http://127.0.0.1:{opened.port}", "SANDYARD_API_KEY": opened.yard.key,

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.e2b import create
-from tests.support.house import Yard, eventually, open_yard
+from tests.support.house import EACH_STORE, Yard, eventually, open_yard, store_section
 
 from sandyard.server.app.settings import E2bSettings
 from sandyard.server.core.contracts.store import Turn
@@ -23,9 +23,12 @@ from sandyard.server.drivers.fake import Conduct
 from sandyard.server.e2b.control.models import state_of
 
 
-@pytest.fixture
-async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
-    async with open_yard(tmp_path, saves=True) as opened:
+@pytest.fixture(params=EACH_STORE)
+async def yard(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Yard]:
+    async with (
+        store_section(request.param) as sections,
+        open_yard(tmp_path, saves=True, sections=sections) as opened,
+    ):
         yield opened
 
 

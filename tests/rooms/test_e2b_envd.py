@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.e2b import STREAM, Box, create, enveloped, opened
-from tests.support.house import Yard, eventually, open_yard
+from tests.support.house import EACH_STORE, Yard, eventually, open_yard, store_section
 
 from sandyard.server.drivers.fake_files import ROOM, FakeFiles
 from sandyard.server.drivers.fake_programs import FakeProgram
@@ -23,9 +23,12 @@ from sandyard.server.drivers.fake_programs import FakeProgram
 PROCESS, FILES = "process.Process", "filesystem.Filesystem"
 
 
-@pytest.fixture
-async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
-    async with open_yard(tmp_path, saves=True) as made:
+@pytest.fixture(params=EACH_STORE)
+async def yard(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Yard]:
+    async with (
+        store_section(request.param) as sections,
+        open_yard(tmp_path, saves=True, sections=sections) as made,
+    ):
         made.client.headers["X-API-Key"] = made.key
         yield made
 

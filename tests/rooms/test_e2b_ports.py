@@ -12,6 +12,7 @@ import httpx
 import pytest
 from tests.support.door import SOON_S, Door, door
 from tests.support.e2b import Box, create, enveloped
+from tests.support.house import EACH_STORE, store_section
 from tests.support.listener import PORT, Listener, listening
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection
@@ -50,8 +51,8 @@ class Shown:
             return await client.request(method, url, headers=given)
 
 
-@pytest.fixture
-async def shown(tmp_path: Path) -> AsyncIterator[Shown]:
+@pytest.fixture(params=EACH_STORE)
+async def shown(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Shown]:
     async def echo(socket: ServerConnection) -> None:
         async for message in socket:
             await socket.send(message)
@@ -63,7 +64,8 @@ async def shown(tmp_path: Path) -> AsyncIterator[Shown]:
         there = sockets.sockets[0].getsockname()[1]
         conduct = Conduct(ports={PORT: port, INTERPRETER: port, SOCKETS: there})
         async with (
-            door(tmp_path, saves=True, conduct=conduct, e2b_domain=DOMAIN) as opened,
+            store_section(request.param) as store,
+            door(tmp_path, saves=True, conduct=conduct, e2b_domain=DOMAIN, store=store) as opened,
             httpx.AsyncClient(
                 base_url=f"http://127.0.0.1:{opened.port}",
                 headers={"X-API-Key": opened.yard.key, "Host": f"api.{DOMAIN}"},

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import httpx
 import pytest
-from tests.support.house import Yard, open_yard
+from tests.support.house import EACH_STORE, Yard, open_yard, store_section
 
 from sandyard.server.app.installation import server_id_of
 from sandyard.server.app.settings import E2bSettings
@@ -29,10 +29,13 @@ from sandyard.server.service.builds.plan import NewTemplate, Step, StepKind
 HASH = "ab" * 32
 
 
-@pytest.fixture
-async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
+@pytest.fixture(params=EACH_STORE)
+async def yard(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Yard]:
     e2b = E2bSettings(images={"ubuntu": "base-minimal"})
-    async with open_yard(tmp_path, sections={"e2b": e2b}) as opened:
+    async with (
+        store_section(request.param) as sections,
+        open_yard(tmp_path, sections={"e2b": e2b, **sections}) as opened,
+    ):
         yield opened
 
 

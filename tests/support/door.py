@@ -2,10 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sandyard.server.app.serve import http_server
 from sandyard.server.app.settings import E2bSettings, HttpSettings
@@ -62,11 +63,12 @@ async def door(
     conduct: Conduct | None = None,
     clock: Clock | None = None,
     e2b_domain: str | None = None,
+    store: Mapping[str, Any] | None = None,
     **http: object,
 ) -> AsyncIterator[Door]:
     port = free_port()
     settings = HttpSettings.model_validate({"port": port, **http})
-    sections = {"http": settings, "e2b": E2bSettings(domain=e2b_domain)}
+    sections = {"http": settings, "e2b": E2bSettings(domain=e2b_domain), **(store or {})}
     async with open_yard(
         home, saves=saves, conduct=conduct, clock=clock, sections=sections
     ) as yard:

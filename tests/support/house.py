@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from sandyard.server.app.faces import MakeFace
 from sandyard.server.app.house import House, open_house
@@ -22,9 +23,12 @@ from sandyard.server.links.local import SystemClock
 from sandyard.server.node.node import Node
 from sandyard.server.node.owner import Owner
 from sandyard.server.service.people.organizations import SignUp, found_organization, join
+from tests.support.postgres import postgres_url
 from tests.support.store import place_database, recounted, written_in
 
 URL = "http://sandyard.test"
+EACH_STORE = ("sqlite", pytest.param("postgresql", marks=pytest.mark.postgres))
+"""The kinds of databases, as parameters of a fixture that uses `store_section`."""
 
 
 @dataclass
@@ -144,6 +148,16 @@ def settings_of(
 
 
 @asynccontextmanager
+async def store_section(kind: str) -> AsyncIterator[dict[str, Any]]:
+    """Yield sections of settings for a new database of a kind."""
+    if kind == "sqlite":
+        yield {}
+        return
+    async with postgres_url(is_migrated=True) as url:
+        yield {"store": {"url": url}}
+
+
+@asynccontextmanager
 async def open_yard(
     home: Path,
     *,
@@ -176,7 +190,7 @@ async def open_yard(
             reconciling = tasks.create_task(house.reconciler.run() if works else asyncio.sleep(0))
             metering = tasks.create_task(house.meter.run() if works else asyncio.sleep(0))
             looking = tasks.create_task(house.control.services.readiness.run())
-            yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home)
+            yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home, settings.store_url)
             await yard.client.aclose()
             yard.key = await yard.add_key(*await yard.first())
             async with yard.client_of(yard.key) as client:
