@@ -330,12 +330,14 @@ class Node:
                 await self.drop_version(name)
 
     def _drop_images(self) -> None:
-        """Remove the images of versions that nothing here needs any more."""
+        """Remove the images of versions, and copies, that nothing here needs any more."""
+        self._means.images.drop_old(self._needed_images, now=self._means.clock.now())
 
-        def needed() -> set[str]:
-            return self._snapshots.images() | {one.image for one in self._means.records.all()}
+    def _drop_copies(self) -> None:
+        self._means.images.drop_copies(self._needed_images, now=self._means.clock.now())
 
-        self._means.images.drop_old(needed, now=self._means.clock.now())
+    def _needed_images(self) -> set[str]:
+        return self._snapshots.images() | {one.image for one in self._means.records.all()}
 
     # --- NodeExports ----------------------------------------------------------------------
 
@@ -391,7 +393,7 @@ class Node:
         async with opened_copy(self._means.images, operation) as opened:
             yield opened
         if isinstance(operation, WriteCopy):
-            await in_thread(self._drop_images)
+            await in_thread(self._drop_copies)
         self._means.on_change()
 
     # --- owners ---------------------------------------------------------------------------

@@ -965,7 +965,7 @@ class BuildRows(Protocol):
         ...
 
     async def place(self, build: Build) -> int:
-        """Return the place of a queued build among those of all organizations, from 1."""
+        """Return the place of a queued build among those of its organization, from 1."""
         ...
 
     async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:

@@ -285,7 +285,8 @@ class BuildTable:
             .where(
                 other.org_id == c.org_id,
                 other.ended_at.is_(None),
-                or_(other.started_at.is_not(None), other.lease_token.is_not(None)),
+                # One whose server has gone must not keep others from beginning.
+                other.lease_until >= t.now(),
             )
             .scalar_subquery()
         )
@@ -296,7 +297,7 @@ class BuildTable:
                 c.status != BuildStatus.WAITING.value,
                 is_free,
                 or_(c.server_id.is_(None), c.server_id == server_id),
-                # One that has begun goes on; it counts as in progress itself.
+                # One that has begun goes on.
                 or_(
                     c.at_once.is_(None),
                     c.started_at.is_not(None),
@@ -324,7 +325,10 @@ class BuildTable:
         )
         found = await self._connection.execute(
             select(func.count()).where(
-                c.ended_at.is_(None), c.status == BuildStatus.QUEUED.value, before
+                c.org_id == build.org_id,
+                c.ended_at.is_(None),
+                c.status == BuildStatus.QUEUED.value,
+                before,
             )
         )
         return int(found.scalar_one()) + 1

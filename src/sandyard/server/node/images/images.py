@@ -105,10 +105,15 @@ class Images:
         return image is not None and image.digest == digest
 
     def drop_old(self, needed: Callable[[], set[str]], *, now: datetime) -> None:
-        """Remove the images of versions that are gone or boot with another runtime by now, and
-        copies of templates that newer ones replaced some time ago, except those `needed`."""
+        """Remove the images of versions that are gone or boot with another runtime by now, and old
+        copies, except those `needed`."""
         runtime = self._runtime()
         self.versions.drop_images(needed, runtime.digest if runtime else "")
+        self.drop_copies(needed, now=now)
+
+    def drop_copies(self, needed: Callable[[], set[str]], *, now: datetime) -> None:
+        """Remove copies of templates that newer ones replaced some time ago, except those
+        `needed`."""
         # Other installations may use what is elsewhere.
         if self.images_dir.parent == self._templates_dir.parent:
             for slug in self.definitions:
@@ -124,8 +129,10 @@ class Images:
         for digest in old:
             if digest not in kept:
                 shutil.rmtree(self.images_dir / digest, ignore_errors=True)
+        state = self._state(slug)  # it may have changed meanwhile
         left = [one for one in _copies_in(state) if (self.images_dir / one).exists()]
-        self._write(slug, {**state, "copies": left})
+        if left != _copies_in(state):
+            self._write(slug, {**state, "copies": left})
 
     def use(self, slug: str, digest: str, *, is_copy: bool = False) -> None:
         """Make an image the current one of a template. `is_copy` means that another node built

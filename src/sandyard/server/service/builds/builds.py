@@ -50,7 +50,8 @@ BUILDER: Final = "builder"
 """The hidden template in which images are unpacked."""
 LIST_MAX: Final = 100
 _WAITING_MAX: Final = 100
-_QUEUED_MAX: Final = 100
+_QUEUED_MAX: Final = 20
+"""By then an upload, which is kept for a day, is not gone when its build begins."""
 WAITS: Final = timedelta(hours=2)
 """How long an announced build waits for its steps."""
 _ANNOUNCED: Final = ("tags", "vcpus", "memory", "disk")
@@ -319,8 +320,8 @@ class Builds:
         return found
 
     async def place(self, build: Build) -> int | None:
-        """Return the place in the queue of a build that has not begun, among those of all
-        organizations and from 1; None for others."""
+        """Return the place of a build that has not begun in the organization's queue, from 1; None
+        for others."""
         if build.status is not BuildStatus.QUEUED:
             return None
         async with self._store.read() as tx:

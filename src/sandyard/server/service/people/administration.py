@@ -331,6 +331,8 @@ class Administration:
         if project is None:
             raise NotFoundError(f"cannot find a project of {organization.name}")
         mounts = await still_there(tx, organization.id, machine.mounts)
+        slug, _, digest = machine.template.partition("@")
+        about = await tx.versions.about(organization.id, slug, digest) if digest else None
         return await tx.sandboxes.insert(
             Sandbox(
                 id=machine.id,
@@ -351,6 +353,7 @@ class Administration:
                 paused_at=now,
                 network=_rules_of(machine),
                 mounts=mounts,
+                has_desktop=about is not None and about.kind == "desktop",
                 reason=_lost(machine, mounts),
             )
         )

@@ -253,8 +253,8 @@ class Creation:
             from_snapshot_id=snapshot.id if snapshot else None,
             from_snapshot_incarnation=1 if snapshot else 0,
             mounts=mounts,
-            has_desktop=await self._templates.has_desktop(actor.org_id, template),
             is_test=actor.is_test,
+            has_desktop=await self._templates.has_desktop(actor.org_id, template),
         )
         return sandbox, placed
 
