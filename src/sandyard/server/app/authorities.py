@@ -32,7 +32,7 @@ from sandyard.server.links.tunnel.door import fingerprint_of
 
 _SETTLED = timedelta(seconds=60)
 """Within this time all hosts that can be reached have taken a step."""
-_ADD, _USE, _REMOVE = (f"sandyard admin authority {one}" for one in ("add", "use", "remove"))
+_ADD, _USE, _REMOVE = (f"sandyard admin authority {one}" for one in ("add", "use", "delete"))
 _NATS = "nats-config for each NATS server, as docs/howto/cluster.md says; then "
 
 
