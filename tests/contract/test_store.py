@@ -1636,6 +1636,22 @@ async def test_a_build_begins_when_fewer_of_its_organization_are_in_progress(sto
         assert await tx.builds.claim("a", lease="8", lasts=HALF_A_MINUTE) is None
 
 
+async def test_a_build_of_a_server_that_has_gone_keeps_no_other_from_beginning(
+    store: Store,
+) -> None:
+    bound = build(server_id="gone", at_once=1)
+    waiting = build(number=2, created_at=NOW + timedelta(seconds=1), at_once=1)
+    async with store.write(ORG) as tx:
+        await tx.builds.add(bound)
+        await tx.builds.add(waiting)
+    async with store.write(Turn.SHARED) as tx:
+        assert await tx.builds.claim("gone", lease="1", lasts=HALF_A_MINUTE) == bound
+        assert await tx.builds.claim("b", lease="2", lasts=HALF_A_MINUTE) is None
+        begun = replace(bound, status=BuildStatus.BUILDING, started_at=NOW, plan={})
+        assert await tx.builds.save(begun, lease="1", lasts=OVER) == begun
+        assert await tx.builds.claim("b", lease="3", lasts=HALF_A_MINUTE) == waiting
+
+
 async def test_old_builds_are_removed(store: Store) -> None:
     days = [NOW - timedelta(days=number) for number in range(6)]
     every = [

@@ -59,15 +59,15 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def seconds_of(text: str) -> int:
-    """Return the seconds of a time such as 90, 30m or 30d.
+    """Return the seconds of a duration such as 90, 30m or 30d.
 
     Raises:
-        BadParameter: it is none.
+        BadParameter: the text is not a duration.
     """
     found = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text.strip(), re.ASCII)
     if found is None:
         raise typer.BadParameter(
-            f"{text!r} is no time: write seconds, or such as 90s, 30m, 12h, 30d"
+            f"{text!r} is not a duration: write seconds, or a unit as in 90s, 30m, 12h, 30d"
         )
     return int(found[1]) * _SECONDS[found[2]]
 

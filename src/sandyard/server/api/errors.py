@@ -133,7 +133,7 @@ def _body(error: SandyardError, name: Callable[[str], str]) -> dict[str, object]
 
 
 def _without_nul(text: str) -> str:
-    """Return a text that may quote a request, as the schema says that all text is."""
+    """Return a text, which may quote a request, without U+0000: the schema excludes it."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 

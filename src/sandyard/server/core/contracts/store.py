@@ -957,7 +957,7 @@ class BuildRows(Protocol):
         ...
 
     async def claim(self, server_id: str, *, lease: str, lasts: timedelta) -> Build | None:
-        """Take the lease of the oldest build that nobody works on, that this server can work on
+        """Take the lease of the oldest build without a valid lease that this server can work on
         and that may begin (see `Build.at_once`); None if there is none.
 
         Servers that claim at the same moment may together exceed `at_once` by one each.

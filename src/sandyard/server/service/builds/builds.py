@@ -51,7 +51,7 @@ BUILDER: Final = "builder"
 LIST_MAX: Final = 100
 _WAITING_MAX: Final = 100
 _QUEUED_MAX: Final = 20
-"""By then an upload, which is kept for a day, is not gone when its build begins."""
+"""Uploads are kept for a day: with a longer queue, one could be gone before its build begins."""
 WAITS: Final = timedelta(hours=2)
 """How long an announced build waits for its steps."""
 _ANNOUNCED: Final = ("tags", "vcpus", "memory", "disk")
@@ -285,7 +285,7 @@ class Builds:
         kept = await tx.versions.kept(actor.org_id)
         count = len(await tx.templates.of(actor.org_id)) if is_new else 0
         for name, has, limit, hint in (
-            # Beyond another limit they wait for their turn, which never comes beyond this one.
+            # Builds beyond the limit wait; with a limit of 0 their turn would never come.
             ("builds", 0, plan.builds if plan.builds == 0 else None, "build on another plan"),
             ("templates", count, plan.templates if is_new else None, "delete one"),
             ("template_versions", kept.count + active, plan.template_versions, "delete some"),
