@@ -20,7 +20,17 @@ from sandyard.server.core.errors import (
     OtherVersionError,
     UnavailableError,
 )
-from sandyard.server.core.records import Mount, Quarantined, Sandbox, Snapshot
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.records import (
+    Mount,
+    Quarantined,
+    Sandbox,
+    Snapshot,
+    Template,
+    TemplateVersion,
+    VersionAbout,
+)
+from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import Status
 from sandyard.server.service.people.administration import Administration
 
@@ -84,6 +94,25 @@ async def test_an_adopted_sandbox_keeps_its_rules_and_mounts(desk: Desk) -> None
     assert (adopted.mounts, adopted.network) == ((), NO_RULES)
     assert adopted.reason is not None
     assert "1 of its workspaces" in adopted.reason.message
+
+
+async def test_an_adopted_sandbox_keeps_its_desktop(desk: Desk) -> None:
+    org_id, now = desk.actor.org_id, desk.clock.now()
+    about = VersionAbout("mine", "Linux", "desktop", Shape(1, 512, 1024))
+    digest = "d" * 24
+    version = TemplateVersion(org_id, "mine", 1, digest, "r" * 64, 9, about, {}, new_uuid(), now)
+    async with desk.control.store.write(org_id) as tx:
+        await tx.templates.put(Template(org_id, "mine", "Mine", "", now, now, {"latest": 1}, 1))
+        await tx.versions.add(version)
+    desk.node.templates_ready = (*desk.node.templates_ready, f"mine@{digest}")
+    await desk.drive(30)  # until it is known what the node has
+    desk.back_up()
+    box = await desk.create(idle_timeout=0, template="mine")
+    desk.restore()
+    await desk.drive(30)
+    adopted = await admin_of(desk).adopt(box.id, *await names_of(desk))
+    assert isinstance(adopted, Sandbox)
+    assert adopted.has_desktop
 
 
 async def test_a_sandbox_whose_rules_are_not_known_is_adopted_without_a_network(

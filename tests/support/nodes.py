@@ -72,6 +72,7 @@ class Machine:
     policy: Policy = NO_RULES
     credentials: Credentials | None = None
     mounts: tuple[Mount, ...] = ()
+    template: str = "base-minimal"
 
     def break_off(self, message: str, status: str) -> None:
         """End what is under way in it."""
@@ -141,6 +142,7 @@ class FakeNode:
                 Origin.DISK: Way.RESTART,
             }  # fmt: skip
             made = Machine(wish.incarnation, Phase.RUNNING, {**came, "hostname": wish.hostname})
+            made.template = wish.template
             made.policy, made.credentials = wish.policy, wish.credentials
             made.mounts = tuple(
                 Mount(one.workspace_id, one.path, one.read_only) for one in wish.mounts
@@ -415,7 +417,7 @@ class FakeNode:
             reason_code="machine_died" if is_dead else "",
             reason_message="the hypervisor's process ended" if is_dead else "",
             version=self._versions.get(sandbox_id, 0),
-            template="base-minimal",
+            template=one.template,
             shape=Shape(1, 512, 1024),
             rules=digest_of(one.policy, one.credentials.stamp if one.credentials else None),
         )
