@@ -200,3 +200,7 @@ async def main() -> None:
 
 os.chdir(tempfile.gettempdir())
 asyncio.run(main())
+sys.stdout.flush()
+sys.stderr.flush()
+# The SDK's HTTP client has threads of native code, which may abort an interpreter that shuts down.
+os._exit(0)

@@ -519,3 +519,7 @@ async def main() -> None:
 
 
 asyncio.run(main())
+sys.stdout.flush()
+sys.stderr.flush()
+# The SDK's HTTP client has threads of native code, which may abort an interpreter that shuts down.
+os._exit(0)

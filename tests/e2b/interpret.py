@@ -9,6 +9,7 @@ of JSON for each method: what came of it. See drive.py.
 import asyncio
 import inspect
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -136,3 +137,7 @@ async def main() -> None:
 
 
 asyncio.run(main())
+sys.stdout.flush()
+sys.stderr.flush()
+# The SDK's HTTP client has threads of native code, which may abort an interpreter that shuts down.
+os._exit(0)
