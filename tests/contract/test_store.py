@@ -903,6 +903,28 @@ async def test_without_an_answer_to_a_ping_nothing_waits_for_the_database(
 
 
 @pytest.mark.postgres
+async def test_a_host_that_stood_still_does_not_take_the_database_for_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cable = Cable()
+    async with AsyncExitStack() as held:
+        url = await held.enter_async_context(
+            cable.to(await held.enter_async_context(postgres_url()))
+        )
+        store = await held.enter_async_context(open_store(url, key=KEY))
+        await furnish(store)
+        await store.ping()
+        monkeypatch.setattr(store_module, "_PING_S", PING_S)
+        cable.is_whole.clear()
+        pinging = asyncio.create_task(store.ping())
+        for _ in range(10):  # it is sent
+            await asyncio.sleep(0)
+        time.sleep(PING_S + 0.2)
+        cable.is_whole.set()
+        await pinging
+
+
+@pytest.mark.postgres
 async def test_connections_that_were_ended_cost_nobody_anything() -> None:
     async with postgres_url() as url, open_store(url, key=KEY) as store:
 

@@ -39,7 +39,7 @@ class Transactions:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._is_given_up = False
+        self.is_given_up = False
         self._outages = 0
         self._beginning: set[asyncio.Timeout] = set()
         self._in_progress: set[Any] = set()  # the driver's connections
@@ -47,7 +47,7 @@ class Transactions:
     def give_up(self) -> None:
         """Fail what is in progress, and whatever begins before `resume`: the database does not
         answer. What waits for a connection, an answer or a lock fails at once."""
-        self._is_given_up = True
+        self.is_given_up = True
         self._outages += 1
         for raw in self._in_progress:
             raw.terminate()
@@ -57,7 +57,7 @@ class Transactions:
 
     def resume(self) -> None:
         """Undo `give_up`: the database answers again."""
-        self._is_given_up = False
+        self.is_given_up = False
 
     @asynccontextmanager
     async def begun(self, words: str) -> AsyncIterator[AsyncConnection]:
@@ -102,7 +102,7 @@ class Transactions:
         Raises:
             TimeoutError: the database was given up.
         """
-        if self._is_given_up:
+        if self.is_given_up:
             raise TimeoutError
         async with asyncio.timeout(None) as limit:
             self._beginning.add(limit)
@@ -142,7 +142,7 @@ class Transactions:
                 await to_the_end(_undo(connection, raw))
                 raise _as_sqlalchemys(error, words) from error
             except BaseException:
-                if self._is_given_up and raw is not None:
+                if self.is_given_up and raw is not None:
                     raw.terminate()  # or the driver would wait for the other end to close
                 await to_the_end(_drop(connection))
                 raise

@@ -7,8 +7,8 @@ import logging
 import os
 import sqlite3
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -258,20 +258,38 @@ class PostgresStore:
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
         self._pings.resume()
-        late = asyncio.get_running_loop().call_later(_PING_S, self._pings.give_up)
-        try:
-            with _translated():
-                once = _Once(self._pings.fetch, self.engine.dialect)
-                await SqlTransaction(once, self._seal).facts.moment("ping")
-        except UnavailableError as error:
-            if _is_silence(error.__cause__):
-                self._transactions.give_up()
-            raise
-        else:
+        with self._limited():
+            try:
+                with _translated():
+                    once = _Once(self._pings.fetch, self.engine.dialect)
+                    await SqlTransaction(once, self._seal).facts.moment("ping")
+            except UnavailableError as error:
+                if _is_silence(error.__cause__):
+                    if not self._transactions.is_given_up:
+                        log.warning("the database does not answer; failing what waits for it")
+                    self._transactions.give_up()
+                raise
             await self._end_suspended()
-        finally:
-            late.cancel()
         self._transactions.resume()
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Give the pings of the block up after `_PING_S`.
+
+        It waits twice for half of it: when the whole host stood still, the first wait is over
+        before the answer could be sent or read.
+        """
+        loop = asyncio.get_running_loop()
+
+        def wait_again() -> None:
+            waits.append(loop.call_later(_PING_S / 2, self._pings.give_up))
+
+        waits = [loop.call_later(_PING_S / 2, wait_again)]
+        try:
+            yield
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     async def _end_suspended(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -680,6 +698,8 @@ class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
                 "unknown; check it before you repeat the request"
             ) from error
         if isinstance(error, DBAPIError) and _is_passing(error):
+            if not error.connection_invalidated:
+                log.warning("the database refused a statement for now: %s", error.orig)
             raise UnavailableError("the database does not answer now; try again") from error
         if isinstance(
             error, OperationalError | InterfaceError | PoolTimeoutError | OSError | TimeoutError
