@@ -856,7 +856,7 @@ class Cable:
 
 @pytest.mark.postgres
 async def test_without_an_answer_to_a_ping_nothing_waits_for_the_database(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cable = Cable()
     async with AsyncExitStack() as held:
@@ -888,6 +888,7 @@ async def test_without_an_answer_to_a_ping_nothing_waits_for_the_database(
         with monkeypatch.context() as patched, pytest.raises(UnavailableError):
             patched.setattr(store_module, "_PING_S", PING_S)
             await store.ping()
+        assert "the database does not answer; failing what waits for it" in caplog.messages
         async with asyncio.timeout(9):  # one turn alone is waited for for ten seconds
             outcomes = await asyncio.gather(*waiting, return_exceptions=True)
             assert {type(one) for one in outcomes} == {UnavailableError}

@@ -276,8 +276,8 @@ class PostgresStore:
     def _limited(self) -> Iterator[None]:
         """Give the pings of the block up after `_PING_S`.
 
-        It waits twice for half of it: when the whole host stood still, the first wait is over
-        before the answer could be sent or read.
+        The limit is two waits of half the time each: if the process or the whole host stood still,
+        the first ends before the answer could be sent or read, and the second leaves time for it.
         """
         loop = asyncio.get_running_loop()
 
