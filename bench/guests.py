@@ -33,7 +33,7 @@ def by_hand(clones: int) -> dict[str, list[float]]:
 
 
 def _has_golden(server: RealServer) -> bool:
-    return server.metric("sandyard_goldens ") >= 1
+    return server.metric("sandyard_goldens{") >= 1
 
 
 def pooled(rounds: int, template: str, command: str, size: int) -> dict[str, list[float]]:

@@ -107,7 +107,7 @@ class Harness:
         return mode
 
     def has_golden(self) -> bool:
-        return self.server.metric("sandyard_goldens ") >= 1
+        return self.server.metric("sandyard_goldens{") >= 1
 
     def settle(self) -> None:
         def is_full() -> bool:
