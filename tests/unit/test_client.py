@@ -6,11 +6,12 @@ import io
 import itertools
 import json
 import os
+import pydoc
 import subprocess
 import sys
 import tarfile
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,6 +33,7 @@ from sandyard.client.config import (
 )
 from sandyard.client.errors import TransferError
 from sandyard.client.models import Exited, FileChange, Lost, Printed
+from sandyard.client.options import ChangeOptions, CreateOptions, ListOptions, ProcessOptions
 from sandyard.client.streams import Following, Watching
 
 PAIRS = [
@@ -59,6 +61,27 @@ def test_both_clients_offer_the_same(threads: type, loop: type) -> None:
     assert offered(threads) == offered(loop)
     for name in offered(threads):
         assert inspect.getdoc(getattr(loop, name)), name
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (sdk.Sandbox.create, CreateOptions), (sdk.AsyncSandbox.create, CreateOptions),
+        (sdk.Sandyard.create, CreateOptions), (sdk.Sandbox.change, ChangeOptions),
+        (sdk.AsyncSandyard.list, ListOptions), (sdk.Processes.start, ProcessOptions),
+    ],
+)  # fmt: skip
+def test_help_shows_each_option(function: Callable[..., object], options: type) -> None:
+    shown = pydoc.plain(pydoc.render_doc(function))
+    assert [name for name in options.__annotations__ if f"{name}: " not in shown] == []
+    assert "**" not in shown
+
+
+def test_a_process_has_a_pid_unless_it_was_looked_up_by_tag() -> None:
+    with sdk.Sandyard("rt_live_x", "http://127.0.0.1:1") as client:
+        processes = client.processes("box")
+        assert processes.get(42).pid == processes.get("42").pid == 42
+        assert (processes.get("web").pid, processes.get("web").name) == (None, "web")
 
 
 def test_to_import_the_package_loads_nothing_of_it() -> None:

@@ -27,7 +27,13 @@ from sandyard.client.models import (
     Snapshot,
     SshAccess,
 )
-from sandyard.client.options import BackgroundOptions, ChangeOptions, CreateOptions, ListOptions
+from sandyard.client.options import (
+    BackgroundOptions,
+    ChangeOptions,
+    CreateOptions,
+    ListOptions,
+    listing_options,
+)
 from sandyard.client.processes import AsyncProcess, AsyncProcesses
 from sandyard.client.streams import Statuses
 from sandyard.client.terminals import SHELL, AsyncTerminal
@@ -40,6 +46,7 @@ _ENDING: set[asyncio.Task[None]] = set()
 class AsyncSandyard(AsyncConnection):
     """See `Sandyard`."""
 
+    @listing_options
     async def create(
         self,
         template: str | None = None,
@@ -56,12 +63,14 @@ class AsyncSandyard(AsyncConnection):
         """See `Sandyard.get`."""
         return await self._sandbox(calls.get(reference))
 
+    @listing_options
     async def list(self, **wanted: Unpack[ListOptions]) -> AsyncIterator["AsyncSandbox"]:
         """See `Sandyard.list`."""
         query = calls.list_query(wanted)
         async for one in self._pages("/v1/sandboxes", query, calls.sandbox_of):
             yield AsyncSandbox(self, one)
 
+    @listing_options
     async def page(
         self, cursor: str | None = None, *, limit: int = 100, **wanted: Unpack[ListOptions]
     ) -> tuple[builtins.list["AsyncSandbox"], str | None]:
@@ -134,6 +143,7 @@ class AsyncSandyard(AsyncConnection):
         """See `Sandyard.touch`."""
         return await self._sandbox(calls.act(reference, "touch"))
 
+    @listing_options
     async def change(self, reference: str, **changes: Unpack[ChangeOptions]) -> "AsyncSandbox":
         """See `Sandyard.change`."""
         return await self._sandbox(calls.change(reference, changes))
@@ -249,6 +259,7 @@ class AsyncSandbox(SandboxFacts):
         self._turn = asyncio.Lock()
 
     @classmethod
+    @listing_options
     async def create(
         cls,
         template: str | None = None,
@@ -632,6 +643,7 @@ class AsyncSandbox(SandboxFacts):
         """See `Sandbox.touch`."""
         return self._now(await self._client.touch(self.id))
 
+    @listing_options
     async def change(self, **changes: Unpack[ChangeOptions]) -> Self:
         """See `Sandbox.change`."""
         return self._now(await self._client.change(self.id, **changes))

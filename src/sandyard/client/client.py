@@ -26,7 +26,13 @@ from sandyard.client.models import (
     Snapshot,
     SshAccess,
 )
-from sandyard.client.options import BackgroundOptions, ChangeOptions, CreateOptions, ListOptions
+from sandyard.client.options import (
+    BackgroundOptions,
+    ChangeOptions,
+    CreateOptions,
+    ListOptions,
+    listing_options,
+)
 from sandyard.client.processes import Process, Processes, pour
 from sandyard.client.streams import Statuses
 from sandyard.client.terminals import SHELL, Terminal
@@ -46,6 +52,7 @@ class Sandyard(Connection):
         ConfigError: no server is configured.
     """
 
+    @listing_options
     def create(
         self,
         template: str | None = None,
@@ -66,12 +73,14 @@ class Sandyard(Connection):
         """Return a sandbox by id or name."""
         return self._sandbox(calls.get(reference))
 
+    @listing_options
     def list(self, **wanted: Unpack[ListOptions]) -> Iterator["Sandbox"]:
         """Yield all sandboxes, newest first, or those that are wanted. See `ListOptions`."""
         query = calls.list_query(wanted)
         for one in self._pages("/v1/sandboxes", query, calls.sandbox_of):
             yield Sandbox(self, one)
 
+    @listing_options
     def page(
         self, cursor: str | None = None, *, limit: int = 100, **wanted: Unpack[ListOptions]
     ) -> tuple[builtins.list["Sandbox"], str | None]:
@@ -144,6 +153,7 @@ class Sandyard(Connection):
         """Reset the idle timer of a sandbox."""
         return self._sandbox(calls.act(reference, "touch"))
 
+    @listing_options
     def change(self, reference: str, **changes: Unpack[ChangeOptions]) -> "Sandbox":
         """Change a sandbox. See `ChangeOptions` for the options."""
         return self._sandbox(calls.change(reference, changes))
@@ -269,6 +279,7 @@ class Sandbox(SandboxFacts):
         self._turn = threading.Lock()
 
     @classmethod
+    @listing_options
     def create(
         cls,
         template: str | None = None,
@@ -674,6 +685,7 @@ class Sandbox(SandboxFacts):
         """Reset its idle timer."""
         return self._now(self._client.touch(self.id))
 
+    @listing_options
     def change(self, **changes: Unpack[ChangeOptions]) -> Self:
         """Change a sandbox. See `ChangeOptions` for the options."""
         return self._now(self._client.change(self.id, **changes))

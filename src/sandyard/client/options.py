@@ -1,10 +1,13 @@
 """The options of calls: names and types for editors and type checkers, checked at runtime too."""
 
 import difflib
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar, get_args
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ChangeOptions(TypedDict, total=False):
@@ -93,6 +96,30 @@ class BackgroundOptions(TypedDict, total=False):
 
 
 _RESOURCES = ("vcpus", "memory", "disk")
+
+
+class _LeftOut:
+    def __repr__(self) -> str:
+        return "..."
+
+
+_LEFT_OUT = _LeftOut()
+
+
+def listing_options(function: F) -> F:
+    """Let `help()` and `inspect.signature` show each option of a function whose last parameter is
+    `**options: Unpack[…]`. Type checkers know them already."""
+    signature = inspect.signature(function)
+    *before, last = signature.parameters.values()
+    (kind,) = get_args(last.annotation)
+    options = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=_LEFT_OUT, annotation=annotation
+        )
+        for name, annotation in kind.__annotations__.items()
+    ]
+    function.__dict__["__signature__"] = signature.replace(parameters=[*before, *options])
+    return function
 
 
 def fields_of(options: Mapping[str, Any], kind: type) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from sandyard.client import calls
 from sandyard.client.errors import ConflictError, ConnectionFailedError, SandyardError
 from sandyard.client.models import Exited, ProcessEvent, ProcessInfo
-from sandyard.client.options import ProcessOptions
+from sandyard.client.options import ProcessOptions, listing_options
 from sandyard.client.streams import Following
 from sandyard.client.transport import AsyncTransport, Transport
 
@@ -31,6 +31,11 @@ class Process:
     def name(self) -> str:
         """Its pid, or the tag that it was looked up by."""
         return unquote(self._path.rpartition("/")[2])
+
+    @property
+    def pid(self) -> int | None:
+        """Its pid. None if it was looked up by tag: then `info().pid`."""
+        return int(self.name) if self.name.isdecimal() else None
 
     def info(self) -> ProcessInfo:
         """Return its state."""
@@ -106,6 +111,7 @@ class Processes:
         self._transport = transport
         self._path = f"{sandbox_path}/processes"
 
+    @listing_options
     def start(
         self,
         command: str | Sequence[str],
@@ -147,6 +153,11 @@ class AsyncProcess:
     def name(self) -> str:
         """See `Process.name`."""
         return unquote(self._path.rpartition("/")[2])
+
+    @property
+    def pid(self) -> int | None:
+        """See `Process.pid`."""
+        return int(self.name) if self.name.isdecimal() else None
 
     async def info(self) -> ProcessInfo:
         """See `Process.info`."""
@@ -208,6 +219,7 @@ class AsyncProcesses:
         self._transport = transport
         self._path = f"{sandbox_path}/processes"
 
+    @listing_options
     async def start(
         self,
         command: str | Sequence[str],
