@@ -1,5 +1,8 @@
 """Where a sandbox goes, by what nodes say of themselves."""
 
+import logging
+from typing import Any
+
 import pytest
 from tests.support.clock import DrivenClock
 from tests.support.nodes import FakeNode
@@ -9,6 +12,7 @@ from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.placement import Placement
+from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.roster import Heartbeat
 
 SHAPE = Shape(1, 512, 1024)
@@ -131,10 +135,29 @@ async def test_who_has_no_room_is_passed_over_also_where_it_said_otherwise(yard:
     assert await yard.chosen(1) == {"one": 1, "two": 0, "three": 0}
 
 
-async def test_whose_start_has_failed_is_asked_last_for_some_minutes(yard: Yard) -> None:
+async def test_who_cannot_start_machines_is_asked_last(yard: Yard) -> None:
+    one = yard.fakes["one"]
+    one.goldens = (GoldenFact("base-minimal", 1, 512),)
+    one.missing = ("no hypervisor was found",)
+    await yard.ask()
+    assert (await yard.chosen(10))["one"] == 0
+    store: Any = None
+    readiness = Readiness(store, yard.nodes, yard.clock)
+    assert await readiness.limited() == ["node one: no hypervisor was found"]
+    one.missing = ()
+    await yard.clock.advance(5)
+    await yard.ask()
+    assert (await yard.chosen(5))["one"] == 5
+
+
+async def test_whose_start_has_failed_is_asked_last_for_some_minutes(
+    yard: Yard, caplog: pytest.LogCaptureFixture
+) -> None:
     yard.fakes["one"].goldens = (GoldenFact("base-minimal", 1, 512),)
     await yard.ask()
-    yard.placement.note_failure("one")
+    with caplog.at_level(logging.WARNING):
+        yard.placement.note_failure("one", "the machine ended while it started")
+    assert "node one could not start a machine" in caplog.text
     assert (await yard.chosen(10))["one"] == 0
     await yard.clock.advance(200)
     await yard.ask()

@@ -85,8 +85,8 @@ class FakeNode:
     """See NodeControl and NodeTunnel in core.contracts.node: both, without a machine behind them.
 
     What a test sets: `is_silent` answers nothing, `refusal` is what the next start fails with,
-    `room` how many machines it takes, `gate` what a start waits for; `shelves`, `goldens` and the
-    `journal` of every sandbox are only said.
+    `room` how many machines it takes, `gate` what a start waits for; `shelves`, `goldens`,
+    `missing` and the `journal` of every sandbox are only said.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class FakeNode:
         self.room = 1000
         self.shelves: tuple[ShelfFact, ...] = ()
         self.goldens: tuple[GoldenFact, ...] = ()
+        self.missing: tuple[str, ...] = ()
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked: list[str] = []
@@ -342,6 +343,7 @@ class FakeNode:
             enforces_rules=True,
             ends_tls=True,
             node_id=self._node_id,
+            missing=self.missing,
             machines=tuple(self._fact(name, one) for name, one in self.machines.items()),
             snapshots=tuple(self.snapshots),
             templates=tuple(one for one in self.templates_ready if "@" not in one),

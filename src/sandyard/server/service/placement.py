@@ -1,6 +1,7 @@
 """Chooses the node for a sandbox: one that has the template and the most free capacity."""
 
 import asyncio
+import logging
 import random
 from collections import deque
 from collections.abc import Collection, Mapping
@@ -13,6 +14,8 @@ from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import Snapshot
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.nodes import Nodes
+
+log = logging.getLogger(__name__)
 
 _LOT: Final = 8
 _SUNK_S: Final = 180.0
@@ -67,11 +70,17 @@ class Placement:
         self._failed: dict[str, float] = {}
         self._sent: dict[str, deque[_Sent]] = {}
 
-    def note_failure(self, node_id: str | None) -> None:
+    def note_failure(self, node_id: str | None, why: str) -> None:
         """Note that a start failed on a node despite free capacity: for some minutes it is tried
         last."""
         if node_id is not None:
             self._failed[node_id] = self._clock.monotonic()
+            log.warning(
+                "node %s could not start a machine and is tried last for %g minutes: %s",
+                node_id,
+                _SUNK_S / 60,
+                why,
+            )
 
     def _has_failed(self, node_id: str) -> bool:
         failed_at = self._failed.get(node_id)
@@ -137,9 +146,9 @@ class Placement:
     ) -> tuple[list[str], bool]:
         """Return nodes that have a template, best first, and whether all nodes were considered.
 
-        The order is: no recent failed start, free capacity, a waiting machine, a golden, then most
-        free memory. A node without a heartbeat while others have one may be cut off, and is skipped
-        unless `asks_all`.
+        The order is: able to start machines and no recent failed start, free capacity, a waiting
+        machine, a golden, then most free memory. A node without a heartbeat while others have one
+        may be cut off, and is skipped unless `asks_all`.
         """
         ids = [one for one in self._nodes.ids() if one not in but and self._nodes.takes_new(one)]
         views = {one: self._nodes.last_view(one) for one in ids}
@@ -176,7 +185,7 @@ class Placement:
             taken = sum(one.is_of(template, shape) for one in sent)
             has_room = memory_mib >= shape.memory_mib and disk_mib >= shape.disk_mib
             tier = (
-                not self._has_failed(node_id),
+                not view.is_unable and not self._has_failed(node_id),
                 has_room,
                 _waiting(view, template, shape) > taken,
                 GoldenFact(template, shape.vcpus, shape.memory_mib) in view.goldens,

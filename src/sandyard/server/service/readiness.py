@@ -81,11 +81,16 @@ class Readiness:
         return missing + await self._missing_on_nodes()
 
     async def limited(self) -> list[str]:
-        """Return features that sandboxes lack on this host, one sentence each."""
+        """Return features that sandboxes lack, and why one of several nodes cannot start machines,
+        one sentence each."""
         limited: dict[str, None] = {}
-        for node in self._nodes.all():
+        nodes = self._nodes.all()
+        for node in nodes:
             with suppress(UnavailableError):
-                limited |= dict.fromkeys((await self._nodes.report_of(node)).limited)
+                report = await self._nodes.report_of(node)
+                limited |= dict.fromkeys(report.limited)
+                if len(nodes) > 1:
+                    limited |= {f"node {node.node_id}: {one}": None for one in report.missing}
         return list(limited)
 
     async def _missing_on_nodes(self) -> list[str]:

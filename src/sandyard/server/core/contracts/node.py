@@ -272,6 +272,8 @@ class NodeView:
     goldens: tuple[GoldenFact, ...] = ()
     versions: frozenset[str] = frozenset()
     mark: str = ""
+    is_unable: bool = False
+    """Something that its report names prevents it from starting machines."""
 
     def has(self, template: str) -> bool:
         """Tell whether the node can start machines of a template, or of a version."""
@@ -363,6 +365,7 @@ class NodeReport:
             self.generation,
             self.golden_kinds,
             frozenset(one.partition("@")[2][:SHORT] for one in self.versions),
+            is_unable=bool(self.missing),
         )
 
 

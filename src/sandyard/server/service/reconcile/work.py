@@ -110,7 +110,7 @@ class Work:
             if may_pass:
                 await self._give_up_in_time(claim, error)
             if wish is not None and _is_of_the_node(wish, error):
-                self._placement.note_failure(sandbox.node_id)
+                self._placement.note_failure(sandbox.node_id, error.message)
             # Move once, then wait: two full nodes would pass it back and forth.
             moved = await self._moved(claim, error) if may_move else None
             if moved is not None:
