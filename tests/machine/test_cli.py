@@ -20,6 +20,10 @@ from sandyard.client import ApiError, Exited, Printed, Sandyard
 pytestmark = pytest.mark.machine
 
 
+def patience() -> tuple[str, str]:
+    return ("--timeout", str(longer(30)))
+
+
 def test_a_sandboxs_life_on_the_command_line(server: RealServer) -> None:
     # Where guests are slow, one that is ready: it would not have booted before the answer is due.
     memory = "512MB" if is_slow() else "256MB"
@@ -206,6 +210,65 @@ class Terminal:
             self.said += data.decode(errors="replace")
         before, _, self.said = self.said.partition(words)
         return before + words
+
+
+def test_a_command_in_the_background_is_listed_and_its_output_followed(
+    server: RealServer, box: str
+) -> None:
+    line = "echo one; read -r _ < /tmp/go; echo two; echo err >&2; exit 3"
+    server.run("sandbox", "exec", *patience(), box, "--", "mkfifo /tmp/go")
+    pid = server.run("sandbox", "exec", "-d", box, "--", line).stdout.strip()
+    shown = json.loads(server.run("sandbox", "ps", box, "--json").stdout)
+    assert [(one["pid"], one["status"]) for one in shown if one["command"] == line] == [
+        (int(pid), "running")
+    ]
+    wait_until(
+        lambda: server.run("sandbox", "logs", box, pid).stdout == "one\n", limit_s=longer(30)
+    )
+    with subprocess.Popen(
+        [str(SANDYARD), "sandbox", "logs", "-f", box, pid], env=server.environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as following:  # fmt: skip
+        server.run("sandbox", "exec", *patience(), box, "--", "echo > /tmp/go")
+        assert following.communicate(timeout=longer(60)) == ("one\ntwo\n", "err\n")
+    assert f"{pid}\texited\t3\t" in server.run("sandbox", "ps", box).stdout
+    refused = server.run("sandbox", "exec", "-d", "-i", box, "--", "true", check=False)
+    assert (refused.returncode, "exclude" in refused.stderr) == (2, True)
+
+
+def test_results_are_json(server: RealServer, box: str) -> None:
+    line = "echo a; echo b >&2; exit 5"
+    done = server.run("sandbox", "exec", *patience(), "--json", box, "--", line, check=False)
+    result = json.loads(done.stdout)
+    assert (result["exitCode"], result["stdout"], result["stderr"]) == (5, "a\n", "b\n")
+    assert (result["timedOut"], done.returncode, done.stderr) == (False, 5, "")
+    gone = server.run("sandbox", "delete", "nobody", "--json", check=False)
+    assert (gone.returncode, json.loads(gone.stdout)[0]["error"]["code"]) == (1, "not_found")
+    absent = server.run("sandbox", "get", "nobody", "--json", check=False)
+    assert json.loads(absent.stderr)["error"]["code"] == "not_found"
+    levels = {
+        one["level"] for one in json.loads(server.run("doctor", "--json", check=False).stdout)
+    }
+    assert "ok" in levels
+
+
+def test_the_console_is_followed(server: RealServer, box: str) -> None:
+    with subprocess.Popen(
+        [str(SANDYARD), "sandbox", "logs", "-f", box], env=server.environment,
+        stdout=subprocess.PIPE, bufsize=0,
+    ) as following:  # fmt: skip
+        try:
+            assert following.stdout is not None
+            output, seen = following.stdout.fileno(), b""
+            line = "echo said on the console > /dev/console"
+            server.run("sandbox", "exec", *patience(), box, "--", line)
+            while b"said on the console" not in seen:
+                assert select.select([output], [], [], longer(30))[0], seen
+                seen += os.read(output, 65536)
+            following.send_signal(signal.SIGINT)
+            assert following.wait(longer(20)) == 0
+        finally:
+            following.kill()
 
 
 def test_a_shell_on_this_terminal(server: RealServer, box: str) -> None:

@@ -20,7 +20,7 @@ from sandyard.cli import copy, live, output, sandbox, ways
 from sandyard.cli import main as entry
 from sandyard.cli.credentials import secret_of
 from sandyard.cli.sandbox import seconds_of
-from sandyard.client import ApiError, Sandbox, Sandyard, SshAccess
+from sandyard.client import ApiError, Sandbox, Sandyard, SshAccess, TemplateInfo
 from sandyard.client.config import ClientConfig
 from sandyard.server.links.identities import Authority
 
@@ -375,6 +375,73 @@ def test_times_are_seconds_or_have_a_unit(text: str, seconds: int) -> None:
 def test_what_is_no_time_is_refused_with_what_to_write(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="write seconds"):
         seconds_of(text)
+
+
+def test_an_error_is_json_with_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "_wanted", set())
+    monkeypatch.setenv("SANDYARD_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("SANDYARD_API_KEY", "rt_live_x")
+    code, _, said = run_main(monkeypatch, capsys, "sandbox", "get", "x")
+    assert (code, said.startswith("error: ")) == (1, True)
+    code, printed, said = run_main(monkeypatch, capsys, "sandbox", "get", "x", "--json")
+    failed = json.loads(said)["error"]
+    assert (code, printed, failed["code"]) == (1, "", "connection_failed")
+    assert "scripts/up" in failed["message"]
+
+
+def test_what_became_of_each_is_json_with_json(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(reference: str) -> str:
+        if reference == "b":
+            raise ApiError("b is away", status=404, code="not_found", request_id="req_1")
+        return f"deleted {reference}"
+
+    with pytest.raises(typer.Exit) as ended:
+        output.for_each(["a", "b", "c"], work, as_json=True)
+    assert ended.value.exit_code == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert [(one["reference"], one["ok"]) for one in shown] == [
+        ("a", True), ("b", False), ("c", True),
+    ]  # fmt: skip
+    assert shown[1]["error"] == {
+        "code": "not_found", "message": "b is away", "requestId": "req_1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "added"),
+    [
+        ("", "a\n", "a\n"), ("a\n", "a\n", ""), ("a\n", "a\nb\n", "b\n"),
+        ("a\nb\n", "b\nc\n", "c\n"), ("a\n", "x\ny\n", "x\ny\n"), ("a\n", "", ""),
+        ("aaa", "aaaa", "a"),
+    ],
+)  # fmt: skip
+def test_what_was_added_to_a_log_of_which_the_end_is_kept(
+    before: str, now: str, added: str
+) -> None:
+    assert sandbox.appended(before, now) == added
+
+
+@pytest.mark.parametrize("words", [("template", "versions"), ("sandbox", "create", "--template")])
+def test_templates_are_completed(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    class Client:
+        def __enter__(self) -> "Client":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def templates(self) -> list[TemplateInfo]:
+            return [TemplateInfo(one, one, "ready", {}) for one in ("base-minimal", "desktop")]
+
+    monkeypatch.setattr(sandbox, "Sandyard", lambda **_: Client())
+    line = " ".join(("sandyard", *words, "base"))
+    done = CliRunner().invoke(
+        entry.app, prog_name="sandyard",
+        env={"_SANDYARD_COMPLETE": "complete_bash", "COMP_WORDS": line,
+             "COMP_CWORD": str(len(words) + 1)},
+    )  # fmt: skip
+    assert done.stdout.split() == ["base-minimal"]
 
 
 def test_a_list_is_cut_at_a_limit(run: CliRunner) -> None:

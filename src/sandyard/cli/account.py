@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from sandyard.cli.credentials import secret_of
-from sandyard.cli.output import for_each, note_copy, plain, show_json, show_table
-from sandyard.cli.sandbox import Json, open_client
+from sandyard.cli.output import Json, for_each, note_copy, plain, show_json, show_table
+from sandyard.cli.sandbox import open_client
 from sandyard.client import ApiError, Sandyard
 from sandyard.client.config import (
     ClientConfig,
@@ -152,6 +152,7 @@ def _show_secret(made: dict[str, Any], *, as_json: bool) -> None:
 @keys.command("revoke")
 def revoke_keys(
     ids: Annotated[list[str], typer.Argument(help="Their ids.", metavar="ID…")],
+    as_json: Json = False,
 ) -> None:
     """Revoke API keys at once."""
     with open_client() as client:
@@ -160,7 +161,7 @@ def revoke_keys(
             client.ask("DELETE", f"{_KEYS}/{one}")
             return f"revoked {one}"
 
-        for_each(ids, revoke)
+        for_each(ids, revoke, as_json=as_json)
 
 
 @ssh_key.command("add")
@@ -208,6 +209,7 @@ def _show_ssh_keys(found: list[dict[str, Any]]) -> None:
 @ssh_key.command("delete")
 def delete_ssh_keys(
     references: Annotated[list[str], typer.Argument(help="Ids or names.")],
+    as_json: Json = False,
 ) -> None:
     """Delete public keys. Sandboxes that accepted them through their ids no longer do."""
     with open_client() as client:
@@ -217,7 +219,7 @@ def delete_ssh_keys(
             client.ask("DELETE", f"{_SSH_KEYS}/{ids.get(one, one)}")
             return f"deleted {one}"
 
-        for_each(references, delete)
+        for_each(references, delete, as_json=as_json)
 
 
 def usage(

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 
 from sandyard.cli.output import plain, write_raw
-from sandyard.cli.sandbox import open_client
+from sandyard.cli.sandbox import known_templates, open_client
 from sandyard.cli.terminal import leaving, pass_input, run_to_end
 from sandyard.client import (
     ApiError,
@@ -157,7 +157,8 @@ def run(
         typer.Argument(help="A local script and its arguments, or a shell command."),
     ],
     template: Annotated[
-        str | None, typer.Option(help="The template. Default: base-ubuntu.")
+        str | None,
+        typer.Option(help="The template. Default: base-ubuntu.", autocompletion=known_templates),
     ] = None,
     timeout: Annotated[float, typer.Option(help="The time limit in seconds.")] = 3600.0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the sandbox afterwards.")] = False,

@@ -2,10 +2,9 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 from sandyard.build import build_version
 from sandyard.cli import (
@@ -24,9 +23,8 @@ from sandyard.cli import (
     ways,
     workspace,
 )
-from sandyard.cli.output import plain
-from sandyard.client import ApiError, ConnectionFailedError, SandyardError
-from sandyard.client.config import ConfigError
+from sandyard.cli.output import show_failure
+from sandyard.client import ConnectionFailedError, SandyardError
 
 app = typer.Typer(
     name="sandyard",
@@ -95,26 +93,19 @@ def main() -> None:
             setattr(sys, name, os.fdopen(os.dup2(descriptor, number), "w" if number else "r"))
     try:
         app()
-    except ApiError as error:
-        _fail(f"{error.message} [{error.code}, {error.request_id}]")
     except ConnectionFailedError as error:
-        _fail(f"{error}; is the server running? (scripts/up starts it)")
-    except (ConfigError, SandyardError) as error:
-        _fail(str(error))
-    except server.server_errors() as error:
-        _fail(str(error))
+        _fail(error, "; is the server running? (scripts/up starts it)")
+    except (SandyardError, server.server_errors()) as error:
+        _fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # a file of this computer that cannot be read or written
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except ValueError as error:
-        _fail(str(error))
     except (KeyError, TypeError, IndexError):
-        _fail("the server's answer makes no sense: does SANDYARD_URL lead to Sandyard?")
+        sentence = "the server's answer makes no sense: does SANDYARD_URL lead to Sandyard?"
+        _fail(SandyardError(sentence))
+    except (OSError, ValueError) as error:  # a file of this computer, say
+        _fail(error)
 
 
-def _fail(message: str) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print("error:", style="red", end=" ")
-    console.print(plain(message), markup=False)
+def _fail(error: Exception, hint: str = "") -> NoReturn:
+    show_failure(error, hint)
     sys.exit(1)

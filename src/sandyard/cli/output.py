@@ -10,16 +10,32 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from sandyard.client import ApiError
+from sandyard.client import ApiError, ConnectionFailedError, SandyardError
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
+_wanted: set[str] = set()
+
+
+def _note_json(wanted: bool) -> bool:
+    if wanted:
+        _wanted.add("json")
+    return wanted
+
+
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", callback=_note_json, help="Print JSON; an error too, on standard error."
+    ),
+]
+"""The option of commands that print JSON when asked."""
 
 
 def plain(text: str) -> str:
@@ -108,20 +124,67 @@ def warn(message: str) -> None:
     typer.echo(f"warning: {plain(message)}", err=True)
 
 
-def for_each(references: Sequence[str], work: Callable[[str], str]) -> None:
+def for_each(
+    references: Sequence[str], work: Callable[[str], str], *, as_json: bool = False
+) -> None:
     """Apply a function to each, and continue after failures. Exit with code 1 at the end if any
     failed."""
-    failed = False
-    for reference in references:
-        try:
-            typer.echo(plain(work(reference)))
-        except ApiError as error:
-            failed = True
-            typer.echo(
-                f"error: {plain(error.message)} [{error.code}, {error.request_id}]", err=True
-            )
-    if failed:
+    results: list[dict[str, Any]] = []
+    try:
+        for reference in references:
+            try:
+                said = work(reference)
+                results.append({"reference": reference, "ok": True})
+                if not as_json:
+                    typer.echo(plain(said))
+            except ApiError as error:
+                results.append({"reference": reference, "ok": False, "error": _fields_of(error)})
+                if not as_json:
+                    _show_error(_sentence(error))
+    finally:
+        if as_json:
+            show_json(results)
+    if not all(one["ok"] for one in results):
         raise typer.Exit(1)
+
+
+def show_failure(error: Exception, hint: str = "") -> None:
+    """Print on standard error why a command failed: a sentence, or an object with `--json`."""
+    if "json" in _wanted:
+        typer.echo(json.dumps({"error": _fields_of(error, hint)}), err=True)
+    else:
+        _show_error(_sentence(error) + hint)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ApiError):
+        return f"{error.message} [{error.code}, {error.request_id}]"
+    if isinstance(error, OSError) and error.filename:  # a file of this computer
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _fields_of(error: Exception, hint: str = "") -> dict[str, Any]:
+    match error:
+        case ApiError():
+            return {
+                "code": error.code,
+                "message": error.message + hint,
+                "requestId": error.request_id,
+            }
+        case ConnectionFailedError():
+            code = "connection_failed"
+        case SandyardError():
+            code = "failed"
+        case _:
+            code = "local_error"
+    return {"code": code, "message": _sentence(error) + hint}
+
+
+def _show_error(message: str) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("error:", style="red", end=" ")
+    console.print(plain(message), markup=False)
 
 
 def write_raw(stream: Any, data: bytes, *, raw: bool) -> None:

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from sandyard.cli.credentials import secret_of
-from sandyard.cli.output import for_each, show_json, show_table
-from sandyard.cli.sandbox import Json, open_client
+from sandyard.cli.output import Json, for_each, show_json, show_table
+from sandyard.cli.sandbox import open_client
 
 app = typer.Typer(help="Keep credentials for registries of container images.", no_args_is_help=True)
 
@@ -45,7 +45,7 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command()
-def delete(ids: Annotated[list[str], typer.Argument(help="Ids.")]) -> None:
+def delete(ids: Annotated[list[str], typer.Argument(help="Ids.")], as_json: Json = False) -> None:
     """Delete credentials."""
     with open_client() as client:
 
@@ -53,4 +53,4 @@ def delete(ids: Annotated[list[str], typer.Argument(help="Ids.")]) -> None:
             client.delete_registry_credential(credential)
             return f"deleted {credential}"
 
-        for_each(ids, delete_one)
+        for_each(ids, delete_one, as_json=as_json)

@@ -12,15 +12,31 @@ from typing import Annotated, Any
 
 import typer
 
-from sandyard.cli.output import for_each, plain, show_json, show_records, show_table
-from sandyard.cli.terminal import leaving, run_attached, run_to_end
-from sandyard.client import ConfigError, NotReadyError, Sandbox, Sandyard, SandyardError
+from sandyard.cli.output import (
+    Json,
+    for_each,
+    plain,
+    show_json,
+    show_records,
+    show_table,
+    write_raw,
+)
+from sandyard.cli.terminal import leaving, run_attached, run_to_end, show_output
+from sandyard.client import (
+    ConfigError,
+    ExecResult,
+    NotReadyError,
+    ProcessInfo,
+    Sandbox,
+    Sandyard,
+    SandyardError,
+)
 from sandyard.client.calls import line_of, milliseconds
+from sandyard.client.options import ProcessOptions
 
 app = typer.Typer(help="Create, use and delete sandboxes.", no_args_is_help=True)
 _BROKEN = ("failed", "error")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_LOOK_S = 1.0
 
 
 def _known(incomplete: str) -> list[str]:
@@ -31,6 +47,15 @@ def _known(incomplete: str) -> list[str]:
     except (SandyardError, ConfigError):
         return []
     return [one for one in found if one.startswith(incomplete)]
+
+
+def known_templates(incomplete: str) -> list[str]:
+    """Return the templates that begin so, for the shell's completion."""
+    try:
+        with Sandyard(retries=0) as client:
+            return [one.slug for one in client.templates() if one.slug.startswith(incomplete)]
+    except (SandyardError, ConfigError):
+        return []
 
 
 Reference = Annotated[str, typer.Argument(help="The sandbox's id or name.", autocompletion=_known)]
@@ -136,7 +161,8 @@ def _why(sandbox: Sandbox) -> str:
 @app.command()
 def create(
     template: Annotated[
-        str | None, typer.Option(help="The template. Default: base-ubuntu.")
+        str | None,
+        typer.Option(help="The template. Default: base-ubuntu.", autocompletion=known_templates),
     ] = None,
     snapshot: Annotated[
         str | None, typer.Option(help="A snapshot to create it from, by id or name.")
@@ -398,13 +424,23 @@ def execute(
     raw: Annotated[
         bool, typer.Option("--raw", help="Print control characters to the terminal unchanged.")
     ] = False,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach", "-d", help="Start it and print its pid. No time limit unless given."
+        ),
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Run a command. Its output, as it comes, and its exit code become this command's.
 
     A single argument is a line for the sandbox's shell. Several are a program and its arguments,
-    passed unchanged. `exec -it NAME` opens a shell on this terminal.
+    passed unchanged. `exec -it NAME` opens a shell on this terminal. `exec -d NAME` leaves the
+    command running; `ps` and `logs` show it. With `--json`, print the result at the end.
     """
     command = own_words(command)
+    if (detach or as_json) and (tty or interactive or stdin):
+        raise typer.BadParameter("-i and -t exclude -d and --json")
     if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise typer.BadParameter("-t needs a terminal, and this is none; leave it out")
     if not command and not tty:
@@ -425,6 +461,14 @@ def execute(
             raise typer.Exit(code)
         # For the shell, which reports a program that does not exist with exit code 127.
         line = line_of(command[0] if len(command) == 1 else command)
+        if detach:
+            _start(client, reference, line, cwd=cwd, user=user, timeout_s=timeout, as_json=as_json)
+            return
+        if as_json:
+            limit_s = 30.0 if timeout is None else timeout
+            result = client.execute(reference, line, timeout_s=limit_s, cwd=cwd, user=user)
+            show_json(_result(result))
+            raise typer.Exit(result.exit_code)
         limit_ms = milliseconds(30.0 if timeout is None else timeout)
         with leaving():
             process = client.processes(reference).start(line, cwd=cwd, user=user, timeout=limit_ms)
@@ -432,8 +476,59 @@ def execute(
     raise typer.Exit(code)
 
 
+def _start(
+    client: Sandyard,
+    reference: str,
+    line: str,
+    *,
+    cwd: str | None,
+    user: str | None,
+    timeout_s: float | None,
+    as_json: bool,
+) -> None:
+    """Start a command in the background, and print its pid."""
+    options: ProcessOptions = {"cwd": cwd, "user": user}
+    if timeout_s is not None:
+        options["timeout"] = milliseconds(timeout_s)
+    process = client.processes(reference).start(line, **options)
+    if as_json:
+        show_json(dict(process.info().raw))
+    else:
+        typer.echo(process.name)
+
+
+def _result(result: ExecResult) -> dict[str, Any]:
+    return {
+        "exitCode": result.exit_code,
+        "stdout": result.stdout,
+        "stderr": result.stderr,
+        "durationMs": result.duration_ms,
+        "timedOut": result.timed_out,
+        "truncated": result.truncated,
+    }
+
+
 @app.command()
-def pause(references: References) -> None:
+def ps(reference: Reference, as_json: Json = False) -> None:
+    """List the processes started through the API, oldest first; ended ones for ten minutes."""
+    with open_client() as client:
+        found = client.processes(reference).list()
+    if as_json:
+        show_json([dict(one.raw) for one in found])
+        return
+    show_table(
+        ("pid", "status", "exit code", "started", "tag", "command"),
+        [_process(one) for one in found],
+    )
+
+
+def _process(one: ProcessInfo) -> tuple[str, ...]:
+    code = "" if one.exit_code is None else str(one.exit_code)
+    return (str(one.pid), one.status, code, one.raw["startedAt"], one.tag or "", one.command)
+
+
+@app.command()
+def pause(references: References, as_json: Json = False) -> None:
     """Pause sandboxes: save memory and processes to disk, and free the host's memory."""
     with open_client() as client:
 
@@ -441,11 +536,11 @@ def pause(references: References) -> None:
             client.pause(reference)
             return f"paused {reference}"
 
-        for_each(references, pause_one)
+        for_each(references, pause_one, as_json=as_json)
 
 
 @app.command()
-def resume(references: References) -> None:
+def resume(references: References, as_json: Json = False) -> None:
     """Resume paused sandboxes."""
     with open_client() as client:
 
@@ -453,11 +548,11 @@ def resume(references: References) -> None:
             said = _why(client.resume(reference))
             return f"resumed {reference}{f' ({said})' if said else ''}"
 
-        for_each(references, resume_one)
+        for_each(references, resume_one, as_json=as_json)
 
 
 @app.command()
-def restart(references: References) -> None:
+def restart(references: References, as_json: Json = False) -> None:
     """Reboot sandboxes from their disks, even if they are unresponsive. Memory is lost."""
     with open_client() as client:
 
@@ -465,18 +560,50 @@ def restart(references: References) -> None:
             client.restart(reference)
             return f"restarted {reference}"
 
-        for_each(references, restart_one)
+        for_each(references, restart_one, as_json=as_json)
 
 
 @app.command()
-def logs(reference: Reference) -> None:
-    """Print the end of a sandbox's console log."""
-    with open_client() as client:
-        said = plain(client.logs(reference).replace("\r", ""))
-    if said:
-        typer.echo(said)
-    else:
-        typer.echo("nothing was printed on its console since it was started or copied", err=True)
+def logs(
+    reference: Reference,
+    process: Annotated[
+        str | None, typer.Argument(help="A pid or tag, as `ps` lists them. Default: the console.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Continue with new output, until Ctrl-C.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Print control characters to the terminal unchanged.")
+    ] = False,
+) -> None:
+    """Print the end of a sandbox's console log, or the output of one of its processes."""
+    with open_client() as client, suppress(KeyboardInterrupt):
+        if process is not None:
+            show_output(client.processes(reference).get(process), follow=follow, raw=raw)
+            return
+        shown = client.logs(reference).replace("\r", "")
+        if not shown and not follow:
+            typer.echo(
+                "nothing was printed on its console since it was started or copied", err=True
+            )
+        elif not follow:
+            typer.echo(plain(shown))
+        if follow:
+            write_raw(sys.stdout, shown.encode(), raw=False)
+        while follow:
+            time.sleep(_LOOK_S)
+            now = client.logs(reference).replace("\r", "")
+            write_raw(sys.stdout, appended(shown, now).encode(), raw=False)
+            shown = now
+
+
+def appended(before: str, now: str) -> str:
+    """Return what was added to a log of which only the end is kept: all of it if the two have
+    nothing in common."""
+    for length in range(min(len(before), len(now)), 0, -1):
+        if before.endswith(now[:length]):
+            return now[length:]
+    return now
 
 
 @app.command()
@@ -517,7 +644,7 @@ def rollback(
 
 @app.command("destroy", hidden=True)
 @app.command()
-def delete(references: References) -> None:
+def delete(references: References, as_json: Json = False) -> None:
     """Delete sandboxes and wait until they are gone."""
     with open_client() as client:
 
@@ -525,4 +652,4 @@ def delete(references: References) -> None:
             client.delete(reference)
             return f"deleted {reference}"
 
-        for_each(references, delete_one)
+        for_each(references, delete_one, as_json=as_json)

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from sandyard.cli.credentials import secret_of
-from sandyard.cli.output import for_each, show_json, show_table
-from sandyard.cli.sandbox import Json, open_client
+from sandyard.cli.output import Json, for_each, show_json, show_table
+from sandyard.cli.sandbox import open_client
 from sandyard.client import ExistsError
 
 app = typer.Typer(
@@ -68,7 +68,9 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command()
-def delete(names: Annotated[list[str], typer.Argument(help="Names.")]) -> None:
+def delete(
+    names: Annotated[list[str], typer.Argument(help="Names.")], as_json: Json = False
+) -> None:
     """Delete secrets. Requests that need them are refused from then on."""
     with open_client() as client:
 
@@ -76,4 +78,4 @@ def delete(names: Annotated[list[str], typer.Argument(help="Names.")]) -> None:
             client.delete_secret(name)
             return f"deleted {name}"
 
-        for_each(names, delete_one)
+        for_each(names, delete_one, as_json=as_json)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sandyard.cli.credentials import secret_of
-from sandyard.cli.output import note_copy, out, plain
+from sandyard.cli.output import Json, note_copy, out, plain, show_json
 from sandyard.client.config import ClientConfig, config_path, known_key, write_config
 
 if TYPE_CHECKING:
@@ -160,10 +160,11 @@ def doctor(
     deep: Annotated[
         bool, typer.Option("--deep", help="Read all files of templates, and verify them.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Check this host: list each problem and the command that fixes it."""
     settings = server_settings()
-    _show(asyncio.run(server_module("doctor").collect(settings, deep=deep)))
+    _show(asyncio.run(server_module("doctor").collect(settings, deep=deep)), as_json=as_json)
 
 
 def upgrade(
@@ -185,15 +186,22 @@ def upgrade(
     _show(asyncio.run(found()))
 
 
-def _show(findings: list[Any]) -> None:
-    colours = {"ok": "green", "note": "yellow", "bad": "red"}
-    for finding in findings:
-        out.print(f"{finding.level:4}", style=colours[finding.level], end=" ")
-        out.print(plain(finding.what))
-        if finding.mend:
-            out.print(f"     → {plain(finding.mend)}")
+def _show(findings: list[Any], *, as_json: bool = False) -> None:
+    if as_json:
+        show_json([{"level": one.level, "what": one.what, "mend": one.mend} for one in findings])
+    else:
+        for finding in findings:
+            _show_finding(finding)
     if any(finding.level == "bad" for finding in findings):
         raise typer.Exit(1)
+
+
+def _show_finding(finding: Any) -> None:
+    colours = {"ok": "green", "note": "yellow", "bad": "red"}
+    out.print(f"{finding.level:4}", style=colours[finding.level], end=" ")
+    out.print(plain(finding.what))
+    if finding.mend:
+        out.print(f"     → {plain(finding.mend)}")
 
 
 @setup.callback()

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from sandyard.cli.output import for_each, show_json, show_table
-from sandyard.cli.sandbox import Json, Reference, open_client
+from sandyard.cli.output import Json, for_each, show_json, show_table
+from sandyard.cli.sandbox import Reference, open_client
 from sandyard.client import Snapshot
 
 app = typer.Typer(help="Save sandboxes as they are now.", no_args_is_help=True)
@@ -48,7 +48,9 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command()
-def delete(references: Annotated[list[str], typer.Argument(help="Ids or names.")]) -> None:
+def delete(
+    references: Annotated[list[str], typer.Argument(help="Ids or names.")], as_json: Json = False
+) -> None:
     """Delete snapshots. Sandboxes created from them are not affected."""
     with open_client() as client:
 
@@ -56,4 +58,4 @@ def delete(references: Annotated[list[str], typer.Argument(help="Ids or names.")
             client.delete_snapshot(reference)
             return f"deleted {reference}"
 
-        for_each(references, delete_one)
+        for_each(references, delete_one, as_json=as_json)

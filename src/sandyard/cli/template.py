@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sandyard.cli.output import for_each, out, plain, show_json, show_table
-from sandyard.cli.sandbox import Json, open_client
+from sandyard.cli.output import Json, for_each, out, plain, show_json, show_table
+from sandyard.cli.sandbox import known_templates, open_client
 from sandyard.cli.server import build_shipped, shipped_rows
 from sandyard.client import BuildFailedError, Sandyard, Template
 from sandyard.client.models import BuildLine, TemplateBuild
@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Build and list templates: what sandboxes are made from.", no_args_is_help=True
 )
 
-Slug = Annotated[str, typer.Argument(help="The template's slug.")]
+Slug = Annotated[str, typer.Argument(help="The template's slug.", autocompletion=known_templates)]
 Secrets = Annotated[
     list[str] | None,
     typer.Option(
@@ -69,7 +69,9 @@ def _show_line(line: BuildLine) -> None:
 @app.command()
 def create(
     slug: Slug,
-    base: Annotated[str | None, typer.Option(help="A template to build on.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="A template to build on.", autocompletion=known_templates)
+    ] = None,
     image: Annotated[
         str | None, typer.Option(help="An image in a registry, name[:tag][@digest].")
     ] = None,
@@ -313,8 +315,12 @@ def tag(
 @app.command()
 def delete(
     references: Annotated[
-        list[str], typer.Argument(help="Slugs, or slug:VERSION for one version.")
+        list[str],
+        typer.Argument(
+            help="Slugs, or slug:VERSION for one version.", autocompletion=known_templates
+        ),
     ],
+    as_json: Json = False,
 ) -> None:
     """Delete templates of the organization, or versions of them. Their sandboxes keep running."""
     with open_client() as client:
@@ -326,7 +332,7 @@ def delete(
             client.delete_template(slug, int(version) if version else None)
             return f"deleted {reference}"
 
-        for_each(references, delete_one)
+        for_each(references, delete_one, as_json=as_json)
 
 
 @app.command("list")

@@ -107,6 +107,22 @@ def run_to_end(process: Process, *, raw: bool) -> int:
     return code or (CUT if lost else 0)
 
 
+def show_output(process: Process, *, follow: bool, raw: bool) -> None:
+    """Print what is kept of a process's output, and with `follow` what comes until it ends."""
+    left = process.info().raw["outputBytes"]
+    events = process.events()
+    while left > 0 or follow:
+        match next(events, None):
+            case Printed(stream=stream, data=data):
+                write_raw(sys.stderr if stream == "stderr" else sys.stdout, data, raw=raw)
+                left -= len(data)
+            case Lost(count=count):
+                typer.echo(f"{count} bytes are no longer kept", err=True)
+                left -= count
+            case Exited() | None:
+                return
+
+
 def pass_input(process: Process) -> None:
     """Pass on this command's input to a process, and its end."""
     with suppress(SandyardError):  # a process that has ended takes no more

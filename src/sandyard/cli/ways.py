@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from sandyard.cli.output import plain, show_json
-from sandyard.cli.sandbox import Json, Reference, open_client, own_words
+from sandyard.cli.output import Json, plain, show_json
+from sandyard.cli.sandbox import Reference, open_client, own_words
 from sandyard.client import SshAccess
 from sandyard.client.config import ClientConfig, config_path
 

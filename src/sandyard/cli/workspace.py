@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from sandyard.cli.output import for_each, show_json, show_table
-from sandyard.cli.sandbox import Json, open_client
+from sandyard.cli.output import Json, for_each, show_json, show_table
+from sandyard.cli.sandbox import open_client
 from sandyard.client import Workspace, WorkspaceEntry
 
 app = typer.Typer(
@@ -70,6 +70,7 @@ def delete(
     force: Annotated[
         bool, typer.Option("--force", help="Delete them even if sandboxes have them mounted.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Delete workspaces and their files."""
     with open_client() as client:
@@ -78,7 +79,7 @@ def delete(
             client.delete_workspace(reference, force=force)
             return f"deleted {reference}"
 
-        for_each(workspaces, delete_one)
+        for_each(workspaces, delete_one, as_json=as_json)
 
 
 @app.command()
@@ -121,6 +122,7 @@ def mv(
 def rm(
     workspace: Which,
     paths: Annotated[list[str], typer.Argument(help="Files and directories in it.")],
+    as_json: Json = False,
 ) -> None:
     """Delete files, and directories with their contents, in a workspace."""
     with open_client() as client:
@@ -130,4 +132,4 @@ def rm(
             files.remove(path)
             return f"removed {path}"
 
-        for_each(paths, remove_one)
+        for_each(paths, remove_one, as_json=as_json)
