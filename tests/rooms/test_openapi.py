@@ -10,6 +10,7 @@ import pytest
 import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks as conformance
 from tests.support.house import Yard, open_yard
@@ -105,6 +106,39 @@ def test_every_answer_is_a_documented_one(served: Served, who: str) -> None:
     for found in operations:
         tried += _try(found.ok(), base, headers, checks, _EXAMPLES[who])
     assert tried > 50
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")  # of the tool's own libraries, not of ours
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/secrets"), ("PUT", "/v1/secrets/{name}"),
+        ("POST", "/v1/registry-credentials"), ("PUT", "/v1/templates/{slug}/tags/{tag}"),
+        ("GET", "/v1/sandboxes/{reference}/processes/{process}/output"),
+    ],
+)  # fmt: skip
+def test_what_the_description_allows_is_not_refused_for_its_form(
+    served: Served, method: str, path: str
+) -> None:
+    base = f"http://127.0.0.1:{served.port}"
+    operation: Any = schemathesis.openapi.from_url(f"{base}/openapi.json")[path][method]
+    headers, tried = {"Authorization": f"Bearer {served.keys['admin']}"}, 0
+
+    @settings(
+        max_examples=20, deadline=None, phases=[Phase.generate], derandomize=True,
+        suppress_health_check=list(HealthCheck), database=None,
+    )  # fmt: skip
+    @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
+    def attempt(case: Any) -> None:
+        nonlocal tried
+        tried += 1
+        case.headers.pop("Idempotency-Key", None)  # a key's second request must be the same
+        response = case.call(base_url=base, headers=headers)
+        assert response.status_code in (200, 201, 404, 409), response.text
+
+    attempt()
+    assert tried >= 10
 
 
 def _try(

@@ -148,14 +148,39 @@ BASE64: Final = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 """The pattern of base64."""
 
 
+_SHOWN = r"[\p{L}\p{M}\p{N}\p{P}\p{S}]"
+ONE_LINE: Final = rf"^{_SHOWN}+( +{_SHOWN}+)*$"
+"""The pattern of printable characters without spaces around them."""
+
+
 NOT_BLANK: Final = r"^[^\x00]*[^\x00\s][^\x00]*$"
 """The pattern of text that is more than white space."""
+
+
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_TOP_LABEL = "[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+NAME_OF_HOST: Final = rf"(\*\.{_LABEL}\.)?({_LABEL}\.)*{_TOP_LABEL}"
+"""What names of hosts are like, and `*.` for all below one; other letters may be used, too."""
+
+
+def filled(size_max: int) -> JsonDict:
+    """Return what the description says of text that is not blank and no longer than this."""
+    return {"minLength": 1, "maxLength": size_max, "pattern": NOT_BLANK}
 
 
 def either(*names: str) -> dict[str, JsonValue]:
     """Return what the description says of fields of which exactly one is given."""
     return {
         "oneOf": [
+            {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in names
+        ]
+    }
+
+
+def at_least_one(*names: str) -> dict[str, JsonValue]:
+    """Return what the description says of fields of which one or more are given."""
+    return {
+        "anyOf": [
             {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in names
         ]
     }

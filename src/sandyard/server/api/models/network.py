@@ -1,11 +1,11 @@
 """Network rules of sandboxes, and what became of connections, as HTTP carries them."""
 
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.api.models.base import NAME_OF_HOST, Body, Model, Time
 from sandyard.server.core.contracts.node import Connection
 from sandyard.server.core.egress import Egress, Injection, Policy
 
@@ -28,19 +28,28 @@ class InjectionOut(Model):
     headers: dict[str, str]
 
 
+_PORT = ":([1-9][0-9]{0,3}|[1-5][0-9]{4})"
+_RANGE = "[0-9.]+(/[0-9]{1,2})?|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(/[0-9]{1,3})?"
+Rules = list[
+    Annotated[str, Field(json_schema_extra={"pattern": rf"^({NAME_OF_HOST}({_PORT})?|{_RANGE})$"})]
+]
+Ranges = list[Annotated[str, Field(json_schema_extra={"pattern": f"^({_RANGE})$"})]]
+Names = list[Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME_OF_HOST}$"})]]
+
+
 class NetworkIn(Body):
     """What a sandbox may reach. Private ranges are never reached, except those that the operator
     allows. Then `allow` decides, then `deny`, then `egress`."""
 
     egress: Literal["allow", "deny"] = Field("allow", description="For what no rule names.")
-    allow: list[str] = Field(
+    allow: Rules = Field(
         [],
         examples=[["github.com", "*.githubusercontent.com", "github.com:22", "203.0.113.0/24"]],
         description="Ranges; names (`*.` for all below one), whose ports 80 and 443 are opened; "
         "names with one port.",
     )
-    deny: list[str] = Field([], examples=[["198.51.100.0/24"]], description="Ranges.")
-    inspect: list[str] = Field(
+    deny: Ranges = Field([], examples=[["198.51.100.0/24"]], description="Ranges.")
+    inspect: Names = Field(
         [],
         examples=[["*.githubusercontent.com"]],
         description="Names whose TLS is ended outside the machine: each request is judged by its "

@@ -2,16 +2,26 @@
 
 from pydantic import Field
 
-from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.api.models.base import PRINTABLE, Body, Model, Time
 from sandyard.server.core.records import RegistryCredential
+from sandyard.server.service.builds.credentials import REGISTRY, TEXT_MAX
 
 
 class AddRegistryCredential(Body):
     """The body of a new credential."""
 
-    host: str = Field(examples=["ghcr.io"], description="The registry, with its port if any.")
-    username: str
-    password: str = Field(description="Never shown again. Often a token.")
+    host: str = Field(
+        examples=["ghcr.io"],
+        description="The registry, with its port if any.",
+        json_schema_extra={"maxLength": 255, "pattern": f"^{REGISTRY}$"},
+    )
+    username: str = Field(
+        json_schema_extra={"minLength": 1, "maxLength": TEXT_MAX, "pattern": "^[!-9;-~]+$"}
+    )
+    password: str = Field(
+        description="Never shown again. Often a token.",
+        json_schema_extra={"minLength": 1, "maxLength": TEXT_MAX, "pattern": PRINTABLE},
+    )
 
 
 class RegistryCredentialOut(Model):

@@ -6,9 +6,19 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, JsonValue, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from sandyard.server.api.models.base import STRICT, Body, Env, Model, Name, Time, bounds
+from sandyard.server.api.models.base import (
+    PRINTABLE,
+    STRICT,
+    Body,
+    Env,
+    Model,
+    Name,
+    Time,
+    bounds,
+    filled,
+)
 from sandyard.server.api.models.network import NetworkIn
-from sandyard.server.core.ids import TAGS_MAX
+from sandyard.server.core.ids import TAG_MAX, TAGS_MAX
 from sandyard.server.core.ops import Figures
 from sandyard.server.core.records import Mount, Sandbox
 from sandyard.server.core.shapes import format_size
@@ -17,9 +27,14 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.sandboxes.change import Changes
 from sandyard.server.service.sandboxes.create import NewSandbox
+from sandyard.server.service.templates.templates import REFERENCE
 
 # The rules themselves are the service's; here they are for the OpenAPI description.
-Tags = Annotated[list[str], Field(json_schema_extra={"maxItems": TAGS_MAX})]
+_PATH = r"^/workspace(/(?!\.{1,2}(/|$))[^/\x00-\x1f\x7f]{1,255})*$"
+Tags = Annotated[
+    list[Annotated[str, Field(json_schema_extra=filled(TAG_MAX))]],
+    Field(json_schema_extra={"maxItems": TAGS_MAX}),
+]
 IdleTimeout = Annotated[int, Field(json_schema_extra=bounds(0, 604_800))]
 
 
@@ -44,7 +59,11 @@ class MountIn(Body):
     """A workspace to mount."""
 
     workspace_id: str = Field(description="Its id; a personal workspace cannot be mounted.")
-    path: str = Field(examples=["/workspace"], description="/workspace or below.")
+    path: str = Field(
+        examples=["/workspace"],
+        description="/workspace or below.",
+        json_schema_extra={"pattern": _PATH},
+    )
     read_only: bool = False
 
 
@@ -54,6 +73,7 @@ class CreateSandbox(Body):
     template: str = Field(
         "base-ubuntu",
         max_length=200,
+        json_schema_extra={"pattern": f"^{REFERENCE}$"},
         description="A slug; or, of the organization's own, also `slug:tag` or `slug@digest`.",
     )
     name: Name | None = None
@@ -68,7 +88,10 @@ class CreateSandbox(Body):
         None, description="Ids of the organization's keys, or public keys; default: all of them."
     )
     root_password: str | None = Field(
-        None, repr=False, json_schema_extra={"minLength": 8, "maxLength": 72}
+        None,
+        repr=False,
+        description="8 to 72 bytes of printable characters.",
+        json_schema_extra={"minLength": 8, "maxLength": 72, "pattern": PRINTABLE},
     )
     project_id: str | None = None
     metadata: dict[str, JsonValue] = Field({}, description="Up to 16 KiB.")

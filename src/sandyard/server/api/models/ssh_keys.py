@@ -1,5 +1,6 @@
 """SSH keys as HTTP carries them."""
 
+import re
 from typing import Literal
 
 from pydantic import AliasChoices, Field
@@ -8,6 +9,10 @@ from sandyard.server.api.models.base import Body, Model, Time, Title
 from sandyard.server.core.records import (
     SshKey,
 )
+from sandyard.server.core.sshkeys import KEY_TYPES
+
+_TYPES = "|".join(sorted(re.escape(one) for one in KEY_TYPES))
+_PUBLIC_KEY = rf"^({_TYPES}) AAAA[A-Za-z0-9+/]+={{0,2}}( [^\x00\r\n]*)?$"
 
 
 class CreateSshKey(Body):
@@ -19,6 +24,8 @@ class CreateSshKey(Body):
         examples=[
             "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP6E1S+w0BGuWIOm2fiZq9sacuQWHVLwk5hXJrwPwmad me"
         ],
+        description="An OpenSSH public key on one line. RSA keys have 2048 bits or more.",
+        json_schema_extra={"pattern": _PUBLIC_KEY},
     )
 
 

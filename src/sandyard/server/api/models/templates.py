@@ -4,21 +4,49 @@ import base64
 import binascii
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue
 
-from sandyard.server.api.models.base import Body, Content, Env, Model, Time, UserName
+from sandyard.server.api.models.base import (
+    BASE64,
+    Body,
+    Content,
+    Env,
+    Model,
+    Time,
+    UserName,
+    either,
+    filled,
+)
+from sandyard.server.api.models.files import OCTAL
 from sandyard.server.api.models.network import NetworkIn
 from sandyard.server.core.contracts.node import TemplateFact
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import SLUG
 from sandyard.server.core.records import Build, BuildLine, Upload
 from sandyard.server.core.shapes import Shape, format_size
-from sandyard.server.service.builds.plan import NewFile, NewTemplate
-from sandyard.server.service.templates.templates import OwnTemplate
+from sandyard.server.service.builds.plan import (
+    BUILD_SECRET,
+    COMMAND_MAX,
+    DESCRIPTION_MAX,
+    IMAGE,
+    NAME_MAX,
+    PACKAGE,
+    NewFile,
+    NewTemplate,
+)
+from sandyard.server.service.templates.templates import REFERENCE, OwnTemplate
 
+_PATH = r"^(/(?!\.\.(/|$))[^/\x00-\x1f\x7f]{1,255})+$"
 TemplateStatusOut = Literal["pending", "building", "ready", "failed"]
 BuildStatusOut = Literal["waiting", "queued", "building", "ready", "failed", "cancelled"]
-Words = Annotated[list[str], Field(json_schema_extra={"maxItems": 200})]
+Words = Annotated[
+    list[Annotated[str, Field(json_schema_extra=filled(COMMAND_MAX))]],
+    Field(json_schema_extra={"maxItems": 200}),
+]
+Packages = Annotated[
+    list[Annotated[str, Field(json_schema_extra={"pattern": f"^{PACKAGE}$"})]],
+    Field(json_schema_extra={"maxItems": 200}),
+]
 
 
 class TemplateDefaults(Model):
@@ -48,10 +76,19 @@ class TemplateOut(Model):
 class FileIn(Body):
     """A file to write: `contents` is text, `contentsBase64` bytes."""
 
-    path: str = Field(examples=["/etc/motd"], json_schema_extra={"pattern": "^/"})
+    path: str = Field(examples=["/etc/motd"], json_schema_extra={"pattern": _PATH})
+    model_config = ConfigDict(json_schema_extra=either("contents", "contentsBase64"))
+
     contents: Content | None = None
-    contents_base64: str | None = Field(None, json_schema_extra={"contentEncoding": "base64"})
-    mode: str = Field("644", examples=["755"], description="Permissions in octal.")
+    contents_base64: str | None = Field(
+        None, json_schema_extra={"contentEncoding": "base64", "pattern": BASE64}
+    )
+    mode: str = Field(
+        "644",
+        examples=["755"],
+        description="Permissions in octal.",
+        json_schema_extra={"pattern": OCTAL},
+    )
 
     def wish(self) -> NewFile:
         """Return it as the service takes it.
@@ -88,18 +125,29 @@ class DefaultsIn(Body):
 class BuildTemplate(Body):
     """The body of a build. Exactly one of `base`, `image`, `upload` and `dockerfile` is given."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            **either("base", "image", "upload", "dockerfile"),
+            "dependentRequired": {"context": ["dockerfile"]},
+        }
+    )
+
     slug: str = Field(examples=["my-agent"], json_schema_extra={"pattern": SLUG})
-    name: str | None = Field(None, description="For people. Default: the slug.")
-    description: str | None = None
+    name: str | None = Field(
+        None, description="For people. Default: the slug.", json_schema_extra=filled(NAME_MAX)
+    )
+    description: str | None = Field(None, json_schema_extra=filled(DESCRIPTION_MAX))
     base: str | None = Field(
         None,
         examples=["base-ubuntu"],
         description="A template to build on: a slug, `slug:tag` or `slug@digest`.",
+        json_schema_extra={"pattern": f"^{REFERENCE}$"},
     )
     image: str | None = Field(
         None,
         examples=["docker.io/library/alpine:3.22"],
         description="An image in a registry: `name[:tag][@digest]`.",
+        json_schema_extra={"maxLength": 512, "pattern": f"^{IMAGE}$"},
     )
     upload: str | None = Field(
         None, description="The id of an upload: a `docker save` archive, or an OCI layout in a tar."
@@ -111,20 +159,22 @@ class BuildTemplate(Body):
     credentials: str | None = Field(
         None, description="The id of a credential for the registry that an image comes from."
     )
-    apt: Words = []
-    pip: Words = []
-    npm: Words = []
+    apt: Packages = []
+    pip: Packages = []
+    npm: Packages = []
     env: Env = {}
     files: Annotated[list[FileIn], Field(json_schema_extra={"maxItems": 200})] = []
     run: Words = []
     start: str | None = Field(
         None,
         description="A shell command that every sandbox has running. Default: what the image runs.",
+        json_schema_extra=filled(COMMAND_MAX),
     )
     ready: str | None = Field(
         None,
         description="A shell command that ends with 0 once what was started can be used. Default: "
         "the image's health check.",
+        json_schema_extra=filled(COMMAND_MAX),
     )
     default_user: UserName | None = Field(None, description="Default: the image's, else root.")
     workdir: str | None = Field(None, description="Default: the image's, else /workspace.")
@@ -136,7 +186,11 @@ class BuildTemplate(Body):
         description="For commands of the build, as files in `/run/secrets`, and for `RUN "
         "--mount=type=secret,id=…` of a Dockerfile. They are in no version and no cache, and "
         "masked in the log.",
-        json_schema_extra={"maxProperties": 20},
+        json_schema_extra={
+            "maxProperties": 20,
+            "propertyNames": {"pattern": f"^{BUILD_SECRET}$"},
+            "additionalProperties": {"type": "string", "minLength": 1, "maxLength": 65_536},
+        },
     )
     force: bool = Field(False, description="Use nothing that earlier builds have kept.")
     network: NetworkIn | None = Field(

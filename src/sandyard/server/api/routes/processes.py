@@ -215,7 +215,11 @@ async def follow_output(
         Encoding, Query(description="How output is given: as text, or exactly in base64.")
     ] = "utf8",
     last_event_id: Annotated[
-        str | None, Header(description="What a browser sends when it comes again.")
+        str | None,
+        Header(
+            description="What a browser sends when it comes again.",
+            json_schema_extra={"pattern": "^[0-9]{0,18}$"},
+        ),
     ] = None,
 ) -> Any:
     """Follow a process's output by server-sent events: `output`, and finally `exit`.

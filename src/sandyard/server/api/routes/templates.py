@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -33,7 +33,7 @@ from sandyard.server.front.bodies import streams_body, takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.builds.builds import Builds
 from sandyard.server.service.builds.uploads import Uploads
-from sandyard.server.service.templates.templates import Templates
+from sandyard.server.service.templates.templates import TAG, Templates
 
 router = APIRouter(prefix="/v1/templates", tags=["templates"])
 
@@ -49,6 +49,7 @@ UploadService = Annotated[Uploads, provided("uploads")]
 
 _BODY_MAX = 4 * 1024 * 1024
 _DIGITS_MAX = 9
+Tag = Annotated[str, Path(json_schema_extra={"pattern": f"^{TAG}$"})]
 
 
 @router.get("", responses=errors())
@@ -163,7 +164,11 @@ async def follow_build(
         int, Query(ge=0, lt=2**31, description="The id of the last line that is known already.")
     ] = 0,
     last_event_id: Annotated[
-        str | None, Header(description="What a browser sends when it comes again.")
+        str | None,
+        Header(
+            description="What a browser sends when it comes again.",
+            json_schema_extra={"pattern": "^[0-9]{0,9}$"},
+        ),
     ] = None,
 ) -> Any:
     """Follow the log of a build by server-sent events: `line` for each line, and finally `end` with
@@ -223,7 +228,7 @@ async def delete_version(
 
 @router.put("/{slug}/tags/{tag}", responses=errors(404))
 async def tag_version(
-    request: Request, actor: CanWrite, service: Service, slug: str, tag: str, body: TagVersion
+    request: Request, actor: CanWrite, service: Service, slug: str, tag: Tag, body: TagVersion
 ) -> Data[list[VersionOut]]:
     """Give a version a tag, which another one loses, and return all versions."""
     slug, tag = checked_text(slug, field="slug"), checked_text(tag, field="tag")
@@ -232,7 +237,7 @@ async def tag_version(
 
 @router.delete("/{slug}/tags/{tag}", responses=errors(404))
 async def untag_version(
-    request: Request, actor: CanWrite, service: Service, slug: str, tag: str
+    request: Request, actor: CanWrite, service: Service, slug: str, tag: Tag
 ) -> Data[RemovedOut]:
     """Remove a tag; the version stays."""
     slug, tag = checked_text(slug, field="slug"), checked_text(tag, field="tag")

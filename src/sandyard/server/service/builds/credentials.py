@@ -13,12 +13,14 @@ from sandyard.server.service.lines import line
 from sandyard.server.service.repeats import Repeatable
 from sandyard.server.service.sandboxes.platform import Platform
 
-_HOST = re.compile(
+REGISTRY: Final = (
     r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)(?:\.[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)*"
     r"(?::[0-9]{1,5})?"
 )
+"""What names of registries are like."""
+_HOST = re.compile(REGISTRY)
 _MOST: Final = 50
-_TEXT_MAX = 8192
+TEXT_MAX = 8192
 DOCKER_HUB: Final = "docker.io"
 # Where Docker's clients keep the credentials of their own registry.
 _HUB_KEY = "https://index.docker.io/v1/"
@@ -72,7 +74,7 @@ class RegistryCredentials:
             )
         for field, text in (("username", username), ("password", password)):
             checked_text(text, field=field)
-            if not 1 <= len(text) <= _TEXT_MAX or not text.isprintable():
+            if not 1 <= len(text) <= TEXT_MAX or not text.isprintable():
                 raise InvalidArgumentError(
                     "cannot use {field}: it needs 1 to 8192 printable characters", field=field
                 )

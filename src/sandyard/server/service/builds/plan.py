@@ -14,21 +14,29 @@ from sandyard.server.service.sandboxes.fields import check_account, checked_env
 from sandyard.server.service.templates.templates import check_tag
 
 _SOURCES: Final = ("base", "image", "upload", "dockerfile")
-_IMAGE = re.compile(
+IMAGE: Final = (
     r"[a-z0-9][a-z0-9._-]*(:[0-9]{1,5})?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
     r"(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@sha256:[0-9a-f]{64})?"
-)  # the grammar of the distribution specification, without its rarer algorithms
-_PACKAGE = re.compile(r"[A-Za-z0-9@][^\s\x00-\x1f\x7f]{0,255}")
+)
+"""What names of images are like: the grammar of the distribution specification, without its rarer
+algorithms."""
+_IMAGE = re.compile(IMAGE)
+PACKAGE: Final = r"[A-Za-z0-9@][^\s\x00-\x1f\x7f]{0,255}"
+"""What names of packages are like."""
+_PACKAGE = re.compile(PACKAGE)
 _PATH_MAX = 4096
 _LIST_MAX = 200
-_COMMAND_MAX = 64 * 1024
+COMMAND_MAX: Final = 64 * 1024
 _DOCKERFILE_MAX = 1024 * 1024
 FILES_BYTES_MAX: Final = 1024 * 1024
 _STEPS_MAX, _STEPS_BYTES_MAX, _TAGS_MAX = 500, 1024 * 1024, 20
 _MODE = re.compile(r"(0?[0-7]{3,4})?")
-_SECRET = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+BUILD_SECRET: Final = r"[A-Za-z_][A-Za-z0-9_.-]{0,63}"
+"""What names of a build's secrets are like."""
+_SECRET = re.compile(BUILD_SECRET)
 _SECRETS_MAX, _SECRET_MAX, _SECRET_LINES_MAX = 20, 64 * 1024, 500
-_NAME_MAX, _DESCRIPTION_MAX = 100, 1000
+NAME_MAX: Final = 100
+DESCRIPTION_MAX: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -164,17 +172,17 @@ def check_plan(wish: NewTemplate) -> None:
             "docker.io/library/python:3.13-slim",
             field="image",
         )
-    _check_text(wish.name, "name", _NAME_MAX)
-    _check_text(wish.description, "description", _DESCRIPTION_MAX)
+    _check_text(wish.name, "name", NAME_MAX)
+    _check_text(wish.description, "description", DESCRIPTION_MAX)
     _check_text(wish.dockerfile, "dockerfile", _DOCKERFILE_MAX)
     for name in ("start", "ready"):
-        _check_text(getattr(wish, name), name, _COMMAND_MAX)
+        _check_text(getattr(wish, name), name, COMMAND_MAX)
     for name in ("apt", "pip", "npm"):
         _check_packages(getattr(wish, name), name)
     if len(wish.run) > _LIST_MAX:
         raise InvalidArgumentError(f"cannot run over {_LIST_MAX} commands", field="run")
     for one in wish.run:
-        _check_text(one, "run", _COMMAND_MAX)
+        _check_text(one, "run", COMMAND_MAX)
     checked_env(wish.env)
     _check_secrets(wish.secrets)
     _check_files(wish.files)

@@ -28,10 +28,14 @@ from sandyard.server.service.sandboxes.platform import Platform
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
+SECRET_NAME: Final = "[A-Z_][A-Z0-9_]{0,63}"
+"""What names of secrets are like, in upper case."""
+_NAME = re.compile(SECRET_NAME)
 _MOST: Final = 200
-_VALUE_MAX: Final = 16 * 1024
-_HOSTS_MAX: Final = 64
+VALUE_MAX: Final = 16 * 1024
+"""How many characters a secret can have."""
+HOSTS_MAX: Final = 64
+"""For how many hosts a secret can be."""
 _AT_ONCE = 64
 _IN_FORCE_S = 10.0
 
@@ -197,9 +201,9 @@ class Secrets:
 
 
 def _checked_hosts(hosts: Sequence[str]) -> tuple[str, ...]:
-    if not 1 <= len(hosts) <= _HOSTS_MAX:
+    if not 1 <= len(hosts) <= HOSTS_MAX:
         raise InvalidArgumentError(
-            f"cannot use {{field}}: a secret is for 1 to {_HOSTS_MAX} hosts, such as "
+            f"cannot use {{field}}: a secret is for 1 to {HOSTS_MAX} hosts, such as "
             "api.example.com or *.example.com",
             field="hosts",
         )
@@ -208,9 +212,9 @@ def _checked_hosts(hosts: Sequence[str]) -> tuple[str, ...]:
 
 def _checked_value(value: str) -> str:
     checked_text(value, field="value")
-    if not 1 <= len(value) <= _VALUE_MAX or not value.isprintable() or value != value.strip():
+    if not 1 <= len(value) <= VALUE_MAX or not value.isprintable() or value != value.strip():
         raise InvalidArgumentError(
-            f"cannot use {{field}}: it needs 1 to {_VALUE_MAX} printable characters, without line "
+            f"cannot use {{field}}: it needs 1 to {VALUE_MAX} printable characters, without line "
             "breaks, and no spaces around them",
             field="value",
         )

@@ -26,8 +26,12 @@ from sandyard.server.service.templates.shipped import ShippedTemplates
 LATEST: Final = "latest"
 REMOVED: Final = "templates:removed"
 """The topic of hints that bytes of versions may be removed from nodes."""
-_REFERENCE = re.compile(r"([a-z0-9-]{1,63})(?::([A-Za-z0-9_.-]{1,128})|@([0-9a-f]{6,64}))?")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+REFERENCE: Final = r"([a-z0-9-]{1,63})(?::([A-Za-z0-9_.-]{1,128})|@([0-9a-f]{6,64}))?"
+"""What references to templates are like: `slug`, `slug:tag` or `slug@digest`."""
+TAG: Final = r"(?![0-9]+$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+"""What tags are like: a number would mean a version."""
+_REFERENCE = re.compile(REFERENCE)
+_TAG = re.compile(TAG)
 _KNOWN_MAX = 1000
 _TAGS_MAX = 1000
 _CANCELLED_MAX = 1000
@@ -327,7 +331,7 @@ def check_tag(tag: str) -> None:
     Raises:
         InvalidArgumentError: it is no valid tag.
     """
-    if not _TAG.fullmatch(tag) or tag.isdigit():
+    if not _TAG.fullmatch(tag):
         raise InvalidArgumentError(
             "cannot use this tag: it has at most 128 letters, digits, _, . and -, begins with a "
             "letter, a digit or _, and is not a number, which would mean a version",
