@@ -117,8 +117,9 @@ class BuildNode(FakeNode):
         if command == works.waits_in:
             works.is_in.set()
             await works.go_on.wait()
-        said = works.says.get(command, b"")
-        stream.feed(wire.encode_frame(wire.Channel.STDOUT, said) if said else b"")
+        said = memoryview(works.says.get(command, b""))
+        for at in range(0, len(said), 65_536):
+            stream.feed(wire.encode_frame(wire.Channel.STDOUT, bytes(said[at : at + 65_536])))
         stream.feed(_end(ops.Ended(works.fails.get(command, 0), 1)))
 
 
@@ -393,6 +394,21 @@ async def test_a_command_that_fails_ends_the_build_with_its_code(site: Site) -> 
     assert lines == [
         "running: first", "running: second", "why", "not", f"the build ended: {build.error}"
     ]  # fmt: skip
+    await site.nothing_is_left()
+
+
+async def test_a_command_that_floods_its_log_ends_the_build(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "_FLOOD", 2)
+    site.works.says["first"] = b"flood\n" * 600_000  # less than twice the size of a log
+    site.works.says["second"] = b"flood\n" * 800_000
+    build, lines = await site.ended(await site.build(STEPS))
+    assert build.status is BuildStatus.FAILED
+    assert build.error == (
+        "running: second: a command printed over 4 MiB; redirect its output to a file"
+    )
+    assert "running: second" not in lines  # the first one has filled the log
     await site.nothing_is_left()
 
 

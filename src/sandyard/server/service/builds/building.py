@@ -97,6 +97,7 @@ _GRACE: Final = timedelta(seconds=30)
 _OS_MAX: Final = 4096
 _TOLD_MAX: Final = 120
 _LOGIN_MAX: Final = 256 * 1024
+_FLOOD: Final = 32  # times the size of a log
 _USE = Use("template.step", "", "run a step of a build in", is_in_feed=False)
 
 
@@ -812,7 +813,7 @@ class _Job:
         """Run a command, and put its output into the log.
 
         Raises:
-            ConflictError: it failed, or the machine ended.
+            ConflictError: it failed, printed far more than a log has, or the machine ended.
         """
         # Its end is kept, so that an agent that knows nothing of it was started again since.
         wish = ops.Run(command=command, cwd=cwd, env=dict(env or {}), user=user, keeps_end=True)
@@ -830,9 +831,14 @@ class _Job:
             raise
 
     async def _follow(self, following: Following) -> None:
-        text = Lines()
+        text, printed, most = Lines(), 0, self._house.limits.log_bytes * _FLOOD
         async for event in following.events():
             if isinstance(event, Output):
+                printed += len(event.data)
+                if printed > most:
+                    raise ConflictError(
+                        f"a command printed over {most >> 20} MiB; redirect its output to a file"
+                    )
                 # What is cut off is not worth being taken apart.
                 for one in text.feed(event.data) if self._log_left > 0 else ():
                     await self._say(one)
