@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -94,6 +95,34 @@ def test_layers_become_a_tree(tmp_path: Path, compress: Literal["", "gzip", "zst
     assert (owned.st_uid, owned.st_gid, owned.st_mtime) == (1234, 4321, 12345)
     assert (found / "null").stat().st_rdev == os.makedev(1, 3)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "tree"]
+
+
+@pytest.mark.root
+def test_of_twelve_layers_the_last_that_says_something_counts(tmp_path: Path) -> None:
+    net_raw = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # a vfs_cap_data of version 2
+    ping = file_entry("ping", b"ping", mode=0o755)
+    ping.pax_headers = {"SCHILY.xattr.security.capability": net_raw.decode("latin-1")}
+    layers = [layer([folder_entry("d"), ping, file_entry("d/kept", b"0")])]
+    # Each hides what the one before has added, and adds what the one before has hidden.
+    layers += [
+        layer(
+            [
+                file_entry(f"d/.wh.é {number - 1}\n"), file_entry(f"d/é {number}\n", b"now"),
+                file_entry("d/turn", b"%d" % number, mode=0o600 + number % 8, uid=number),
+                file_entry(".wh.gone") if number % 2 else file_entry("gone/x", b"x"),
+            ]
+        )
+        for number in range(1, 12)
+    ]  # fmt: skip
+    write(tmp_path / "image", oci_layout(layers, {}, compress="gzip"))
+    assert choose(tmp_path).returncode == 0
+    found = unpack(tmp_path)
+    assert sorted(os.listdir(found)) == ["d", "ping"]
+    assert sorted(os.listdir(found / "d")) == ["kept", "turn", "é 11\n"]
+    turn = found / "d/turn"
+    assert (turn.read_bytes(), turn.stat().st_uid) == (b"11", 11)
+    assert stat.S_IMODE(turn.stat().st_mode) == 0o603
+    assert os.getxattr(found / "ping", "security.capability") == net_raw
 
 
 @pytest.mark.root
