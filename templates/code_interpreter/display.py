@@ -1,8 +1,11 @@
 """An extension of IPython: what the code interpreter shows of values, as E2B's SDKs expect it."""
 
 import dataclasses
+import enum
 import json
 import sys
+import uuid
+from collections.abc import Callable
 from typing import Any
 
 from IPython.core.formatters import BaseFormatter, JSONFormatter
@@ -46,34 +49,54 @@ class ChartFormatter(BaseFormatter):
 
 
 class PlainFormatter(JSONFormatter):
-    """Shows lists and objects as JSON."""
+    """Shows lists and objects as JSON, if JSON has a form of all that is in them."""
 
     def __call__(self, shown: Any) -> Any:
         """Return the form of a value, None if it has none."""
         if not isinstance(shown, list | dict):
             return super().__call__(shown)
-        found = _as_json(shown)
+        found = _as_json(shown, _exactly)
         return super().__call__(shown) if found is None else found
 
 
-def _as_json(value: Any) -> Any:
-    """Return a value as one that JSON has a form of; None if it has none."""
+def _as_json(value: Any, convert: Callable[[Any], Any] | None = None) -> Any:
+    """Return a value as one that JSON has a form of; None if it has none. `convert` is for what is
+    in it and has no form."""
     try:
         # Python writes NaN and infinity in ways that JSON does not have.
-        return json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+        text = json.dumps(value, default=convert or _plain)
+        return json.loads(text, parse_constant=lambda _: None)
     except (TypeError, ValueError, RecursionError):
         return None
 
 
-def _plain(value: Any) -> Any:
-    """Return a value that JSON has no form of as one that it has."""
-    if hasattr(value, "tolist"):  # numpy's
+def _exactly(value: Any) -> Any:
+    """Return what JSON has no form of as what it has, without loss.
+
+    Raises:
+        TypeError: nothing in JSON stands for it.
+    """
+    if type(value).__module__ == "numpy":
         return value.tolist()
     if hasattr(value, "isoformat"):
         return value.isoformat()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    return str(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    raise TypeError(f"JSON has no form of {type(value)}")
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has no form of as what it has, if need be as text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    try:
+        return _exactly(value)
+    except TypeError:
+        return str(value)
 
 
 def show_images() -> None:

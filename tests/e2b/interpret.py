@@ -60,6 +60,11 @@ async def values(box: Any) -> None:
     assert chart.png.startswith("iVBOR")
     assert (chart.chart.type.value, chart.chart.title) == ("line", "T")
     assert (await done(box.run_code("{'a': [1]}"))).results[0].json == {"a": [1]}
+    dated = "import datetime, uuid; [datetime.date(2026, 1, 2), uuid.UUID(int=1)]"
+    shown = (await done(box.run_code(dated))).results[0].json
+    assert shown == ["2026-01-02", "00000000-0000-0000-0000-000000000001"], shown
+    inexact = (await done(box.run_code("[{1, 2}]"))).results[0]
+    assert (inexact.json, inexact.text) == (None, "[{1, 2}]")
     shell = (await done(box.run_code("!whoami; pwd"))).logs.stdout
     assert "".join(shell) == "user\r\n/home/user\r\n"
     odd = "import datetime; pandas.DataFrame({'a': [datetime.date(2026, 1, 2), float('nan')]})"
