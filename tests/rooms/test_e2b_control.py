@@ -122,6 +122,8 @@ async def test_older_clients_have_another_timeout(
         ({"envVars": {"A": "\x00"}}, 400, "envVars"),
         ({"volumeMounts": [{"name": "a", "path": "/a"}]}, 400, "volumeMounts"),
         ({"iam": {"tokens": {"a": {}}}}, 400, "iam"),
+        # The SDK names a template of its own with it, which is not here.
+        ({"templateID": "mcp-gateway", "mcp": {"github": {"token": "x"}}}, 400, "mcp"),
         ({"autoPauseMemory": False}, 400, "autoPauseMemory"),
         (
             {"autoPause": True, "autoPauseMemory": False, "autoResume": {"enabled": True}},

@@ -30,7 +30,7 @@ TEMPLATES = {"e2b-base", "code-interpreter"}
 WHICH = ("oldest", "newest")
 _REFUSED = {
     "Sandbox.update_network": "refuses by name: `egressProxy`, `httpsPorts`, `dnsServers`",
-    "Sandbox.create": "refuses by name: `volumeMounts`, `iam`, the same of `network`",
+    "Sandbox.create": "refuses by name: `volumeMounts`, `iam`, `mcp`, the same of `network`",
     "Sandbox.get_metrics": "samples of the last hour, one every 15 s while the sandbox runs",
     "Sandbox.get_host": "needs a domain",
     "Sandbox.download_url": "needs a domain",

@@ -135,6 +135,7 @@ class NewSandboxBody(Body):
         None, validation_alias=AliasChoices("allowInternetAccess", "allow_internet_access")
     )
     network: Network | None = None
+    mcp: Any = None
     volume_mounts: Any = Field(None, alias="volumeMounts")
     iam: Any = None
 

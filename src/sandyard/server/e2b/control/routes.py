@@ -177,6 +177,7 @@ def _is_public(body: NewSandboxBody) -> bool:
 def _check_offered(body: NewSandboxBody) -> None:
     """Refuse what this version does not have: it would be missed without a word."""
     given = {
+        "mcp": body.mcp,
         "volumeMounts": body.volume_mounts,
         "iam": (body.iam or {}).get("tokens") if isinstance(body.iam, dict) else body.iam,
     }
