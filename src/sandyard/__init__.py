@@ -21,4 +21,4 @@ else:  # a type checker would take any name for one that exists
         raise AttributeError(f"module 'sandyard' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return [*__getattr__("__all__"), *globals()]
+        return [*__getattr__("__all__"), *(one for one in globals() if one.startswith("__"))]
