@@ -209,7 +209,7 @@ class Gate:
     ) -> None:
         """End TLS with the certificate of this sandbox's authority, judge each request inside, and
         pass it on by TLS with the host itself."""
-        why = "its secrets are not here yet"
+        why = "its secrets have not arrived yet"
         if self.held is not None:
             stream = TlsStream(guest, self.held.issuer.context(name), first=received)
             try:
@@ -394,7 +394,7 @@ class _Ended:
         return made
 
     def _given(self, headers: Headers) -> tuple[Headers, frozenset[str]]:
-        held, why = self._gate.held, "its secrets are not here yet"
+        held, why = self._gate.held, "its secrets have not arrived yet"
         try:
             if held is None:
                 raise RefusedError(502, f"the secrets for {self._name} are not here yet")

@@ -72,7 +72,7 @@ async def refuse(scope: Scope, answer: ProxyAnswer, refused: RefusalError, reque
 
 
 _URL = "<code>sandyard sandbox url</code> or <code>GET /v1/sandboxes/{id}/url?port=…</code>"
-_LATER = "Try again later, or tell whoever sent it to you."
+_LATER = "Try again later, or tell the sender."
 _LOG = "Its log, or a command in the sandbox, may say why."
 
 
@@ -89,7 +89,7 @@ def refusal_of(error: SandyardError) -> RefusalError:
             return RefusalError(401, error.code, _PRIVATE, www_authenticate="Bearer")
         case PermissionDeniedError():
             message = Message("You may not open this preview", _text(error),
-                              "Ask whoever sent it to you for a link that has a token in it.",
+                              "Ask the sender for a link that has a token in it.",
                               "Use a key with the scope <code>sandbox:write</code>, or a link from "
                               f"{_URL}.")  # fmt: skip
             return RefusalError(403, error.code, message)
@@ -133,19 +133,19 @@ def closed(port: int) -> RefusalError:
 _NO_LONGER = Message(
     "This link does not work any more",
     "Its token has expired, is unknown, or was made for another address.",
-    "Ask whoever sent it to you for a new one.",
+    "Ask the sender for a new link.",
     f"Get a new one with {_URL}.",
 )
 _PRIVATE = Message(
     "This preview is private",
     "The address alone lets nobody in.",
-    "Ask whoever sent it to you for a link that has a token in it.",
+    "Ask the sender for a link that has a token in it.",
     f"Get a link with {_URL}, or send <code>Authorization: Bearer</code> and an API key.",
 )
 _NO_SUCH_SANDBOX = Message(
     "This sandbox does not exist",
     "It was deleted, or there never was one.",
-    "Ask whoever sent it to you whether there is a newer one.",
+    "Ask the sender whether there is a newer link.",
     "<code>sandyard sandbox list</code> shows the ones that you have.",
 )
 NO_SUCH_NAME = 404, "not_found", Message(

@@ -67,8 +67,8 @@ async def build_template(
 ) -> Data[BuildRequestedOut]:
     """Build a new version of a template, which is created with its first one.
 
-    The build goes on in the background; follow its log, or ask for the build. Once it has
-    succeeded, the version has the tag `latest`.
+    The build runs in the background; follow its log, or get the build. When it has succeeded, the
+    version gets the tag `latest`.
     """
     build = await service.create(actor, body.wish(), request=keyed)
     out = BuildRequestedOut(slug=build.slug, build_id=build.id, version=build.number)

@@ -61,8 +61,8 @@ class RemoteNode:
     """See NodeControl, NodeExports and NodeVersions in core.contracts.node: the one that listens as
     `node_id`.
 
-    Raises, by any method: UnavailableError if NATS or the node does not answer; whether anything
-    was done then nobody knows.
+    Any method raises UnavailableError if NATS or the node does not answer; the request may have
+    been executed.
     """
 
     def __init__(self, link: Link, inbox: Inbox, node_id: str) -> None:

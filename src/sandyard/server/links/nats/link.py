@@ -68,8 +68,8 @@ class _Listening:
 
 @dataclass
 class Link:
-    """See the module. Use `linked`. `trouble` is why the last try came to nothing;
-    one that `is_quiet` leaves that to whoever asks."""
+    """See the module. Use `linked`. `trouble` is the last connection error; with `is_quiet` it is
+    not logged."""
 
     servers: tuple[str, ...]
     name: str

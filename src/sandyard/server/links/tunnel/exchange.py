@@ -122,7 +122,7 @@ class TunnelExchange:
             )
 
     async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof; twice is once."""
+        """See core.contracts.node.ByteStream.write_eof. Idempotent."""
         if not self._is_said:
             self._is_said = True
             await self._say(FrameKind.END)

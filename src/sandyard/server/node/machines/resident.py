@@ -238,12 +238,12 @@ class Resident:
             self._trusted = credentials.certificate
 
     async def trust_if_possible(self) -> None:
-        """See `trust`; what fails is tried again for some time. Rules hold, and a machine goes on,
-        whatever its guest does."""
+        """Like `trust`, but retries in the background: a guest that does not answer keeps no
+        machine from running, and its rules hold all the same."""
         if not await self._is_trusting():
             again = self._trust_again()
             self._means.crew.start(
-                again, "a guest is not told again", once=f"trust {self.record.id}"
+                again, "a guest may not trust its authority", once=f"trust {self.record.id}"
             )
 
     async def _trust_again(self) -> None:

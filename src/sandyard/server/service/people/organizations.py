@@ -399,5 +399,7 @@ async def _made(tx: Transaction, actor: Actor, org_id: str) -> Founded:
 
 def _check_color(color: str) -> str:
     if not re.fullmatch(COLOR, color):
-        raise InvalidArgumentError("cannot use this color: it is like #3b82f6", field="color")
+        raise InvalidArgumentError(
+            "cannot use this color: expected something like #3b82f6", field="color"
+        )
     return color

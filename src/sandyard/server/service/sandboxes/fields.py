@@ -93,7 +93,7 @@ def checked_env(env: Mapping[str, str]) -> Mapping[str, str]:
             )
         size += len(name.encode()) + len(value.encode()) + 2
     if size > _ENV_MAX:
-        raise InvalidArgumentError("cannot keep over 64 KiB of env", field="env")
+        raise InvalidArgumentError("env is too large: the limit is 64 KiB", field="env")
     return dict(env)
 
 
