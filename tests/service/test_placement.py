@@ -150,6 +150,14 @@ async def test_who_cannot_start_machines_is_asked_last(yard: Yard) -> None:
     assert (await yard.chosen(5))["one"] == 5
 
 
+async def test_the_room_of_who_cannot_start_machines_keeps_nobody_from_being_asked(
+    yard: Yard,
+) -> None:
+    yard.fakes["one"].missing = ("no hypervisor was found",)
+    await yard.nodes.report_of(yard.nodes.get("one"))  # the others have said nothing yet
+    assert (await yard.chosen(3))["one"] == 0
+
+
 async def test_whose_start_has_failed_is_asked_last_for_some_minutes(
     yard: Yard, caplog: pytest.LogCaptureFixture
 ) -> None:

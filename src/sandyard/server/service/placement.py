@@ -50,6 +50,7 @@ class _Ranked:
 
     node_id: str
     tier: tuple[bool, ...]
+    is_able: bool
     has_room: bool
     memory_mib: int
     disk_mib: int
@@ -156,7 +157,7 @@ class Placement:
         unknown = [
             one for one, view in views.items() if view is None or view[1].is_unsure_of(template)
         ]
-        has_others = self._by_lot and any(one.has_room for one in ranked)
+        has_others = self._by_lot and any(one.has_room and one.is_able for one in ranked)
         leaves_some = bool(unknown) and has_others and not asks_all
         if unknown and not leaves_some:
             async with asyncio.TaskGroup() as tasks:
@@ -184,13 +185,14 @@ class Placement:
             disk_mib = view.disk_mib - sum(one.shape.disk_mib for one in sent)
             taken = sum(one.is_of(template, shape) for one in sent)
             has_room = memory_mib >= shape.memory_mib and disk_mib >= shape.disk_mib
+            is_able = not view.is_unable and not self._has_failed(node_id)
             tier = (
-                not view.is_unable and not self._has_failed(node_id),
+                is_able,
                 has_room,
                 _waiting(view, template, shape) > taken,
                 GoldenFact(template, shape.vcpus, shape.memory_mib) in view.goldens,
             )
-            ranked.append(_Ranked(node_id, tier, has_room, memory_mib, disk_mib))
+            ranked.append(_Ranked(node_id, tier, is_able, has_room, memory_mib, disk_mib))
         return ranked
 
 
