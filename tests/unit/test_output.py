@@ -423,6 +423,21 @@ def test_what_was_added_to_a_log_of_which_the_end_is_kept(
     assert sandbox.appended(before, now) == added
 
 
+def test_a_failure_counts_also_where_nobody_reads_the_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shown(_: object) -> None:
+        raise typer.Exit(0)
+
+    def work(_: str) -> str:
+        raise ApiError("it is away", status=404, code="not_found", request_id="req_1")
+
+    monkeypatch.setattr(output, "show_json", shown)
+    with pytest.raises(typer.Exit) as ended:
+        output.for_each(["a"], work, as_json=True)
+    assert ended.value.exit_code == 1
+
+
 @pytest.mark.parametrize("words", [("template", "versions"), ("sandbox", "create", "--template")])
 def test_templates_are_completed(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
     class Client:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,7 +143,8 @@ def for_each(
                     _show_error(_sentence(error))
     finally:
         if as_json:
-            show_json(results)
+            with suppress(typer.Exit):  # nobody reads it any more: what failed decides
+                show_json(results)
     if not all(one["ok"] for one in results):
         raise typer.Exit(1)
 

@@ -577,24 +577,35 @@ def logs(
     ] = False,
 ) -> None:
     """Print the end of a sandbox's console log, or the output of one of its processes."""
-    with open_client() as client, suppress(KeyboardInterrupt):
+    with open_client() as client, suppress(*[KeyboardInterrupt] if follow else []):
         if process is not None:
             show_output(client.processes(reference).get(process), follow=follow, raw=raw)
-            return
-        shown = client.logs(reference).replace("\r", "")
-        if not shown and not follow:
+        elif follow:
+            _follow_console(client, reference, raw=raw)
+        elif said := _console(client, reference):
+            _print_console(f"{said}\n", raw=raw)
+        else:
             typer.echo(
                 "nothing was printed on its console since it was started or copied", err=True
             )
-        elif not follow:
-            typer.echo(plain(shown))
-        if follow:
-            write_raw(sys.stdout, shown.encode(), raw=False)
-        while follow:
-            time.sleep(_LOOK_S)
-            now = client.logs(reference).replace("\r", "")
-            write_raw(sys.stdout, appended(shown, now).encode(), raw=False)
-            shown = now
+
+
+def _console(client: Sandyard, reference: str) -> str:
+    # What is kept may begin and end within a character.
+    return client.logs(reference).replace("\r", "").strip("\ufffd")
+
+
+def _print_console(text: str, *, raw: bool) -> None:
+    write_raw(sys.stdout, (text if raw else plain(text)).encode(), raw=raw)
+
+
+def _follow_console(client: Sandyard, reference: str, *, raw: bool) -> None:
+    shown = ""
+    while True:
+        now = _console(client, reference)
+        _print_console(appended(shown, now), raw=raw)
+        shown = now
+        time.sleep(_LOOK_S)
 
 
 def appended(before: str, now: str) -> str:
