@@ -148,9 +148,8 @@ BASE64: Final = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 """The pattern of base64."""
 
 
-_SHOWN = r"[\p{L}\p{M}\p{N}\p{P}\p{S}]"
-ONE_LINE: Final = rf"^{_SHOWN}+( +{_SHOWN}+)*$"
-"""The pattern of printable characters without spaces around them."""
+ONE_LINE: Final = "^[!-~]+( +[!-~]+)*$"
+"""The pattern of printable ASCII without spaces around it: what any header can carry."""
 
 
 NOT_BLANK: Final = r"^[^\x00]*[^\x00\s][^\x00]*$"
@@ -158,8 +157,8 @@ NOT_BLANK: Final = r"^[^\x00]*[^\x00\s][^\x00]*$"
 
 
 _LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_TOP_LABEL = "[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-NAME_OF_HOST: Final = rf"(\*\.{_LABEL}\.)?({_LABEL}\.)*{_TOP_LABEL}"
+_TOP_LABEL = "[A-Za-z_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+NAME_OF_HOST: Final = rf"(\*\.{_LABEL}\.)?({_LABEL}\.)*{_TOP_LABEL}\.?"
 """What names of hosts are like, and `*.` for all below one; other letters may be used, too."""
 
 

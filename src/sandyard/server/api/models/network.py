@@ -28,8 +28,8 @@ class InjectionOut(Model):
     headers: dict[str, str]
 
 
-_PORT = ":([1-9][0-9]{0,3}|[1-5][0-9]{4})"
-_RANGE = "[0-9.]+(/[0-9]{1,2})?|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(/[0-9]{1,3})?"
+_PORT = ":([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_RANGE = "[0-9.]+(/[0-9.]+)?"
 Rules = list[
     Annotated[str, Field(json_schema_extra={"pattern": rf"^({NAME_OF_HOST}({_PORT})?|{_RANGE})$"})]
 ]

@@ -1,6 +1,5 @@
 """SSH keys as HTTP carries them."""
 
-import re
 from typing import Literal
 
 from pydantic import AliasChoices, Field
@@ -11,8 +10,8 @@ from sandyard.server.core.records import (
 )
 from sandyard.server.core.sshkeys import KEY_TYPES
 
-_TYPES = "|".join(sorted(re.escape(one) for one in KEY_TYPES))
-_PUBLIC_KEY = rf"^({_TYPES}) AAAA[A-Za-z0-9+/]+={{0,2}}( [^\x00\r\n]*)?$"
+_TYPES = "|".join(sorted(one.replace(".", r"\.") for one in KEY_TYPES))
+_PUBLIC_KEY = rf"^({_TYPES}) AAAA[A-Za-z0-9+/]+={{0,2}}( [^\x00\r\n]*)?\s*$"
 
 
 class CreateSshKey(Body):

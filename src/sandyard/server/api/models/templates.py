@@ -17,7 +17,6 @@ from sandyard.server.api.models.base import (
     either,
     filled,
 )
-from sandyard.server.api.models.files import OCTAL
 from sandyard.server.api.models.network import NetworkIn
 from sandyard.server.core.contracts.node import TemplateFact
 from sandyard.server.core.errors import InvalidArgumentError
@@ -87,7 +86,7 @@ class FileIn(Body):
         "644",
         examples=["755"],
         description="Permissions in octal.",
-        json_schema_extra={"pattern": OCTAL},
+        json_schema_extra={"pattern": "^(0o?)?[0-7]{1,4}$"},
     )
 
     def wish(self) -> NewFile:
@@ -128,7 +127,8 @@ class BuildTemplate(Body):
     model_config = ConfigDict(
         json_schema_extra={
             **either("base", "image", "upload", "dockerfile"),
-            "dependentRequired": {"context": ["dockerfile"]},
+            "if": {"required": ["context"], "properties": {"context": {"type": "string"}}},
+            "then": {"required": ["dockerfile"]},
         }
     )
 

@@ -836,8 +836,9 @@ class _Job:
             if isinstance(event, Output):
                 printed += len(event.data)
                 if printed > most:
+                    size = f"{most / 2**20:g} MiB"
                     raise ConflictError(
-                        f"a command printed over {most >> 20} MiB; redirect its output to a file"
+                        f"a command printed over {size}; redirect its output to a file"
                     )
                 # What is cut off is not worth being taken apart.
                 for one in text.feed(event.data) if self._log_left > 0 else ():
