@@ -143,7 +143,8 @@ def for_each(
                     _show_error(_sentence(error))
     finally:
         if as_json:
-            with suppress(typer.Exit):  # nobody reads it any more: what failed decides
+            # A closed pipe ends nothing here: failures still decide the exit code.
+            with suppress(typer.Exit):
                 show_json(results)
     if not all(one["ok"] for one in results):
         raise typer.Exit(1)

@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from itertools import islice
 from typing import Annotated, Any
@@ -577,7 +577,7 @@ def logs(
     ] = False,
 ) -> None:
     """Print the end of a sandbox's console log, or the output of one of its processes."""
-    with open_client() as client, suppress(*[KeyboardInterrupt] if follow else []):
+    with open_client() as client, suppress(KeyboardInterrupt) if follow else nullcontext():
         if process is not None:
             show_output(client.processes(reference).get(process), follow=follow, raw=raw)
         elif follow:

@@ -49,11 +49,17 @@ class _Ranked:
     """The rank of a node; higher tiers are better."""
 
     node_id: str
-    tier: tuple[bool, ...]
     is_able: bool
     has_room: bool
+    has_waiting: bool
+    has_golden: bool
     memory_mib: int
     disk_mib: int
+
+    @property
+    def tier(self) -> tuple[bool, ...]:
+        """What is compared before free capacity, the most important first."""
+        return self.is_able, self.has_room, self.has_waiting, self.has_golden
 
 
 class Placement:
@@ -184,15 +190,18 @@ class Placement:
             memory_mib = view.memory_mib - sum(one.shape.memory_mib for one in sent)
             disk_mib = view.disk_mib - sum(one.shape.disk_mib for one in sent)
             taken = sum(one.is_of(template, shape) for one in sent)
-            has_room = memory_mib >= shape.memory_mib and disk_mib >= shape.disk_mib
-            is_able = not view.is_unable and not self._has_failed(node_id)
-            tier = (
-                is_able,
-                has_room,
-                _waiting(view, template, shape) > taken,
-                GoldenFact(template, shape.vcpus, shape.memory_mib) in view.goldens,
+            golden = GoldenFact(template, shape.vcpus, shape.memory_mib)
+            ranked.append(
+                _Ranked(
+                    node_id,
+                    is_able=not view.is_unable and not self._has_failed(node_id),
+                    has_room=memory_mib >= shape.memory_mib and disk_mib >= shape.disk_mib,
+                    has_waiting=_waiting(view, template, shape) > taken,
+                    has_golden=golden in view.goldens,
+                    memory_mib=memory_mib,
+                    disk_mib=disk_mib,
+                )
             )
-            ranked.append(_Ranked(node_id, tier, is_able, has_room, memory_mib, disk_mib))
         return ranked
 
 

@@ -68,8 +68,8 @@ class _Listening:
 
 @dataclass
 class Link:
-    """See the module. Use `linked`. `trouble` is the last connection error; with `is_quiet` it is
-    not logged."""
+    """A connection to NATS; made by `linked`. `trouble` is the last connection error. With
+    `is_quiet`, neither connecting nor losing the connection is logged, except for debugging."""
 
     servers: tuple[str, ...]
     name: str
