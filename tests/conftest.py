@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.support import postgres
+from tests.support import history, postgres
 from tests.support.firecracker import environment_of, guests_of, notes, tried
 from tests.support.leftovers import open_sockets, open_things
 from tests.support.ports import free_port
@@ -23,7 +23,6 @@ _PATIENCE = 3000  # looks, ten milliseconds apart
 _BEGAN = time.monotonic()
 _USUAL_LIMIT_S = 1200
 """The time limit of tests with machines."""
-_TOO_LATE = "NOT RUN: the time for tests was over; scripts/test without --within runs it"
 
 
 compile_once()
@@ -32,11 +31,14 @@ hypothesis.settings.register_profile("here", deadline=None)
 hypothesis.settings.load_profile("here")
 
 
-def pytest_configure() -> None:
-    """Take an interrupt back where the shell that started us in its background ignores it.
+def pytest_configure(config: pytest.Config) -> None:
+    """Take an interrupt back where the shell that started us in its background ignores it; give a
+    run without `randomly` its fixed order.
 
-    What we start would ignore it too, and some tests interrupt what they start.
+    What we start would ignore an interrupt too, and some tests interrupt what they start.
     """
+    if not config.pluginmanager.has_plugin("randomly"):
+        config.pluginmanager.register(history.InOrder())
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -52,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--within",
         type=float,
         metavar="MINUTES",
-        help="run no test that has not begun by then, and say how many those are",
+        help="run no test that has not begun by then, and name those",
     )
 
 
@@ -62,7 +64,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     within, limit = item.config.getoption("--within"), item.get_closest_marker("timeout")
     longer_s = max(0, limit.args[0] - _USUAL_LIMIT_S) / 2 if limit is not None else 0
     if within is not None and time.monotonic() - _BEGAN > within * 60 - longer_s:
-        pytest.skip(_TOO_LATE)
+        pytest.skip(history.TOO_LATE)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -99,9 +101,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for note in notes:
         terminalreporter.write_line(note, red=True)
     skipped = terminalreporter.stats.get("skipped", [])
-    if late := [one.nodeid for one in skipped if _TOO_LATE in str(one.longrepr)]:
-        names = "\n".join(sorted(late))
-        terminalreporter.write_line(f"{len(late)} tests {_TOO_LATE}:\n{names}", red=True)
+    if late := [one.nodeid for one in skipped if history.TOO_LATE in str(one.longrepr)]:
+        passed, now = history.read().passed, time.time()
+        names = "\n".join(f"{one} ({history.age(passed.get(one), now)})" for one in sorted(late))
+        terminalreporter.write_line(f"{len(late)} tests {history.TOO_LATE}:\n{names}", red=True)
 
 
 @pytest.fixture(

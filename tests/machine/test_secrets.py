@@ -16,7 +16,7 @@ from tests.support.ports import free_port
 from tests.support.server import NO_POOL, QEMU, RealServer, wait_until
 from tests.support.world import RESOLVER
 
-pytestmark = [pytest.mark.machine, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.machine, pytest.mark.large, pytest.mark.timeout(1800)]
 
 SECRET, NEXT = "s3cret-5d0c7e11", "s3cret-91f2ab60"
 RULES = {

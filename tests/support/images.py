@@ -3,7 +3,6 @@
 import asyncio
 import fcntl
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,16 +86,3 @@ def minimal_image(kernel: Path | None = None) -> Image:
         thread.start()
         thread.join()
     return _built[kernel]
-
-
-async def build_large() -> None:
-    """Build the templates whose packages take minutes, for the tests that will ask for them."""
-    builder = builder_of(cached_settings(CACHE / "home-large"))
-    for slug in ("desktop-ubuntu", "base-ubuntu", "docker-ubuntu", "e2b-base", "code-interpreter"):
-        await builder.build(slug, progress=print)
-
-
-if __name__ == "__main__":
-    # Whoever starts this beside other work ends it so, and nothing is to be left of a half build.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    asyncio.run(build_large())

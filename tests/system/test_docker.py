@@ -7,7 +7,7 @@ import pytest
 from tests.support.ports import free_port
 from tests.support.server import QEMU, RealServer, wait_until
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.large]
 
 BUILD_LIMIT_S = 1200
 IMAGE = """

@@ -14,7 +14,7 @@ from tests.support.ports import free_port
 from tests.support.server import QEMU, RealServer, wait_until
 
 log = logging.getLogger(__name__)
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.large]
 
 BUILD_LIMIT_S = 1200
 CHROMIUM = "/usr/bin/chromium"
