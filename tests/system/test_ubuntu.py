@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 from tests.support.ports import free_port
 from tests.support.server import QEMU, SANDYARD, RealServer, wait_until
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.large]
 LONG = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def box(server: RealServer) -> str:
 
 def said(server: RealServer, box: object, command: str, **body: object) -> str:
     """Return what a command printed that did well."""
-    end = server.execute(box, command, **{"timeout": 120_000, **body})
+    end = server.execute(box, command, **{"timeout": 600_000, **body})
     assert end["exitCode"] == 0, end
     return str(end["stdout"])
 
