@@ -1,10 +1,12 @@
 """All that is measured, beside what it was last time.
 
     .venv/bin/python -m bench [--rounds 8] [--template base-ubuntu --command 'node -v'] [--page]
+    .venv/bin/python -m bench --against COMMIT [--turns 3] [--only control] [--burners 1]
 
 Prints a table and JSON, keeps the figures in bench/results/, and with `--page` writes
 docs/reference/performance.md. Run it on a host that does nothing else. Under Firecracker, with a
-guest kernel that boots there, `bench.guests_firecracker` measures the same.
+guest kernel that boots there, `bench.guests_firecracker` measures the same. With `--against`, the
+figures of another commit stand beside those of this tree (`bench.against`).
 """
 
 import argparse
@@ -15,7 +17,7 @@ import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import control, fillers, guests
+from bench import against, control, fillers, guests
 from bench.figures import RESULTS
 
 _PAGE = Path(__file__).parents[1] / "docs/reference/performance.md"
@@ -63,11 +65,24 @@ def page(figures: Figures, before: Figures, about: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"needs a number of at least 1, not {text!r}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench")
     guests.arguments(parser)
-    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--page", action="store_true", help="write the page of figures")
+    parser.add_argument("--against", metavar="COMMIT", help="compare with this commit instead")
+    parser.add_argument("--turns", type=_positive, default=3, help="how often each is measured")
+    parser.add_argument("--only", action="append", choices=["control", "guests"])
+    parser.add_argument("--burners", type=int, default=0, help="processors to keep busy meanwhile")
     asked = parser.parse_args()
+    if asked.against is not None:
+        against.run(asked)
+        return
     before, about = last(), machine()
     figures: Figures = asyncio.run(control.measured(asked.rounds * 25, [10, 1000, 10_000]))
     figures["one durable row, by hand"] = control.by_hand(200)
