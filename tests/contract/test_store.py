@@ -31,7 +31,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.clock import AheadClock
 from tests.support.house import eventually, until
 from tests.support.postgres import postgres_url
-from tests.support.store import recounted, written_in
+from tests.support.store import place_database, recounted, written_in
 
 from sandyard.server.app.backups import environment_of
 from sandyard.server.core.contracts.store import Effects, Hold, Store, Turn
@@ -113,9 +113,20 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
     if request.param == "sqlite":
+        place_database(tmp_path / "store.db")
         yield f"sqlite:///{tmp_path / 'store.db'}"
     else:
         async with postgres_url() as found:
+            yield found
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+async def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    """A database without a schema."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'store.db'}"
+    else:
+        async with postgres_url(is_new=True) as found:
             yield found
 
 
@@ -1162,9 +1173,9 @@ async def test_a_reader_sees_everything_as_of_one_moment(store: Store) -> None:
     assert (await find(store, other.id)).status is Status.FAILED
 
 
-async def test_several_bring_a_new_database_up_to_date_at_once(url: str) -> None:
+async def test_several_bring_a_new_database_up_to_date_at_once(new_url: str) -> None:
     async def open_one() -> None:
-        async with open_store(url, key=KEY) as opened:
+        async with open_store(new_url, key=KEY) as opened:
             await opened.ping()
 
     async with asyncio.TaskGroup() as tasks:
@@ -1767,15 +1778,15 @@ async def test_sandboxes_with_rules_are_listed_without_them(store: Store) -> Non
         assert await tx.sandboxes.ruled() == [Ruled(ruled.id, ORG, "n", Status.RUNNING)]
 
 
-async def test_the_tables_are_what_the_migrations_make(url: str) -> None:
-    async with open_store(url, key=KEY):
+async def test_the_tables_are_what_the_migrations_make(new_url: str) -> None:
+    async with open_store(new_url, key=KEY):
         pass
 
     def look(connection: Connection) -> None:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
 
-    await run_by_hand(url, look)
+    await run_by_hand(new_url, look)
 
 
 async def test_secrets_and_facts_of_the_installation_have_names_of_any_length(
@@ -2079,7 +2090,7 @@ async def test_moments_are_remembered(store: Store) -> None:
         assert await tx.facts.moment("a") == NOW + timedelta(days=1)
 
 
-async def test_a_store_from_before_there_was_money_is_brought_up_to_date(url: str) -> None:
+async def test_a_store_from_before_there_was_money_is_brought_up_to_date(new_url: str) -> None:
     """With data of the version before: who ran it runs it, and what was used stays free."""
     org, user, box = new_uuid(), new_uuid(), new_sandbox_id()
 
@@ -2104,13 +2115,13 @@ async def test_a_store_from_before_there_was_money_is_brought_up_to_date(url: st
         ):
             connection.execute(text(statement))
 
-    await run_by_hand(url, fill)
+    await run_by_hand(new_url, fill)
     with pytest.raises(InternalError, match=r"its schema is 0002.*sandyard admin migrate"):
-        async with open_store(url, key=KEY):
+        async with open_store(new_url, key=KEY):
             pass
-    assert (await read_schema(url)).present == "0002"
+    assert (await read_schema(new_url)).present == "0002"
     for _ in range(2):
-        async with open_store(url, key=KEY, migrates=True) as store:
+        async with open_store(new_url, key=KEY, migrates=True) as store:
             sign_up = SignUp(10_000, "enterprise", 5)
             found = await ensure_first_organization(store, SystemClock(), sign_up)
             assert (found[0].id, found[1].id, found[1].is_operator) == (org, user, True)
@@ -2210,9 +2221,9 @@ async def test_without_a_copy_nothing_is_migrated(tmp_path: Path) -> None:
 
 
 async def test_a_migration_that_ends_midway_leaves_the_schema_as_it_was(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    new_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await run_by_hand(url, at("0014"))
+    await run_by_hand(new_url, at("0014"))
 
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
@@ -2220,13 +2231,13 @@ async def test_a_migration_that_ends_midway_leaves_the_schema_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr("alembic.op.create_index", broken)  # of the second one, after its table
         with pytest.raises(ZeroDivisionError):
-            async with open_store(url, key=KEY, migrates=True):
+            async with open_store(new_url, key=KEY, migrates=True):
                 pass
-    schema = await read_schema(url)
+    schema = await read_schema(new_url)
     assert (schema.present, schema.missing[0]) == ("0014", "0015")
-    async with open_store(url, key=KEY, migrates=True) as store:
+    async with open_store(new_url, key=KEY, migrates=True) as store:
         await furnish(store)
-    assert not (await read_schema(url)).is_behind
+    assert not (await read_schema(new_url)).is_behind
 
 
 def shape_of(connection: Connection) -> dict[str, dict[str, bool]]:

@@ -279,7 +279,7 @@ async def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/store.db"
         return
-    async with postgres_url(is_migrated=True) as url:
+    async with postgres_url() as url:
         yield url
 
 

@@ -153,7 +153,7 @@ async def store_section(kind: str) -> AsyncIterator[dict[str, Any]]:
     if kind == "sqlite":
         yield {}
         return
-    async with postgres_url(is_migrated=True) as url:
+    async with postgres_url() as url:
         yield {"store": {"url": url}}
 
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the test run's own, and a fresh database in it for each test."""
+"""A PostgreSQL server of the test run's own, and a database in it for each test."""
 
 import asyncio
 import glob
@@ -18,34 +18,83 @@ from sandyard.server.core.ids import new_sandbox_id
 from sandyard.server.links.sql import open_store
 
 _server: dict[str, int] = {}
+_emptied: list[str] = []
+_schema: list[str] = []
 _MIGRATED = "migrated"
+# Of all that a migration makes: columns, indexes, triggers; and the versions that are noted.
+_SCHEMA = """
+SELECT md5(string_agg(line, ';' ORDER BY line)) FROM (
+    SELECT concat_ws(' ', table_name, column_name, data_type, is_nullable, column_default)
+        FROM information_schema.columns WHERE table_schema = 'public'
+    UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'
+    UNION ALL SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
+    UNION ALL SELECT 'at ' || version_num FROM alembic_version
+    UNION ALL SELECT 'floor ' || revision FROM schema_floor
+) AS lines (line)
+"""
 
 
 @asynccontextmanager
-async def postgres_url(*, is_migrated: bool = False) -> AsyncIterator[str]:
-    """Yield the URL of a fresh database, empty or with the schema of this version in it."""
-    port = _server.get("port")
-    if port is None:
+async def postgres_url(*, is_new: bool = False) -> AsyncIterator[str]:
+    """Yield the URL of a database with the schema of this version in it, or of a new one; no table
+    has rows."""
+    if "port" not in _server:
         pytest.fail("the PostgreSQL of this run was not started")
-    admin = await asyncpg.connect(f"postgresql://postgres@127.0.0.1:{port}/postgres")
+    async with _connected("postgres") as admin:
+        # To make one takes longer than most tests that use it.
+        name = _emptied.pop() if _emptied and not is_new else await _made(admin, is_new=is_new)
+        yield _url_of(name)
+        await admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
+        )
+        if not is_new and await _is_emptied(name):
+            _emptied.append(name)
+        else:
+            await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _url_of(name: str) -> str:
+    return f"postgresql://postgres@127.0.0.1:{_server['port']}/{name}"
+
+
+async def _made(admin: asyncpg.Connection, *, is_new: bool) -> str:
+    name, base = new_sandbox_id().replace("-", "_"), "template1"
+    if not is_new:
+        base = _MIGRATED
+        if await admin.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", base) is None:
+            await admin.execute(f"CREATE DATABASE {base}")
+            async with open_store(_url_of(base), key=b"k" * 32):
+                pass
+            async with _connected(base) as database:
+                _schema[:] = [await database.fetchval(_SCHEMA)]
+    await admin.execute(f"CREATE DATABASE {name} TEMPLATE {base}")
+    return name
+
+
+async def _is_emptied(name: str) -> bool:
+    """Empty a database for the next test; return whether it has the schema of a new one."""
+    async with _connected(name) as database:
+        if [await database.fetchval(_SCHEMA)] != _schema:
+            return False
+        tables = await database.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        sequences = await database.fetch("SELECT sequencename FROM pg_sequences")
+        kept = {"alembic_version", "schema_floor"}
+        # Without triggers: those count what is deleted.
+        await database.execute(
+            "SET session_replication_role = replica; SET statement_timeout = '60s';"
+            + "".join(f"DELETE FROM {one};" for (one,) in tables if one not in kept)
+            + "".join(f"ALTER SEQUENCE {one} RESTART;" for (one,) in sequences)
+        )
+        return True
+
+
+@asynccontextmanager
+async def _connected(name: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(_url_of(name))
     try:
-        name = new_sandbox_id().replace("-", "_")
-        base = await _migrated(admin, port) if is_migrated else "template1"
-        await admin.execute(f"CREATE DATABASE {name} TEMPLATE {base}")
-        yield f"postgresql://postgres@127.0.0.1:{port}/{name}"
-        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        yield connection
     finally:
-        await admin.close()
-
-
-async def _migrated(admin: asyncpg.Connection, port: int) -> str:
-    """Return the name of a database with the schema in it, made once."""
-    if await admin.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", _MIGRATED) is None:
-        await admin.execute(f"CREATE DATABASE {_MIGRATED}")
-        url = f"postgresql://postgres@127.0.0.1:{port}/{_MIGRATED}"
-        async with open_store(url, key=b"k" * 32):
-            pass
-    return _MIGRATED
+        await connection.close()
 
 
 def start_server(port: int, *, is_durable: bool = False) -> Path:
@@ -84,3 +133,4 @@ def stop_server(folder: Path) -> None:
         asyncio.run(asyncio.sleep(0.02))
     shutil.rmtree(folder)
     _server.clear()
+    _emptied.clear()

@@ -130,7 +130,7 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
             held.enter_context(tempfile.TemporaryDirectory(prefix=f"sy-{os.getpid()}-", dir="/tmp"))
         )
         secret_key(home)
-        url = await held.enter_async_context(postgres_url(is_migrated=True))
+        url = await held.enter_async_context(postgres_url())
         nats = held.enter_context(nats_server(home / "nats"))
         desk, metrics = Desk.new(home / "papers"), Metrics(version="0")
         nodes, links, places = dict[str, Node](), list[Link](), dict[str, NodeAddress]()
