@@ -16,7 +16,6 @@ from tests.support.desk import Desk, open_desk, still, until
 from tests.support.nodes import FakeNode, Machine, MemoryStream
 
 from sandyard.server.app.installation import secret_key
-from sandyard.server.app.settings import BuildSettings
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
 from sandyard.server.core.contracts.node import MachineRef, Opened, Origin
@@ -344,19 +343,17 @@ async def test_a_template_on_a_desktop_has_one(tmp_path: Path) -> None:
         assert (await site.desk.get(copy)).has_desktop
 
 
-async def test_a_build_that_nobody_follows_ends_in_its_time(site: Site) -> None:
-    site.works.waits_in = "first"
-    build = await site.build(STEPS)
-    await until(_set(site.works.is_in))
-    limit_s = BuildSettings().limit_s
-    await site.desk.clock.advance(limit_s - 60)
-    assert (await site.now(build)).ended_at is None
-    await site.desk.clock.advance(60)
-    build, _ = await site.ended(build)
-    assert (build.status, build.error) == (
-        BuildStatus.FAILED, f"it took longer than {limit_s} s"
-    )  # fmt: skip
-    await site.nothing_is_left()
+async def test_a_build_that_nobody_follows_ends_in_its_time(tmp_path: Path) -> None:
+    async with open_site(tmp_path, Works(), sections={"builds": {"limit_s": 150}}) as site:
+        site.works.waits_in = "first"
+        build = await site.build(STEPS)
+        await until(_set(site.works.is_in))
+        await site.desk.clock.advance(150 - 60)
+        assert (await site.now(build)).ended_at is None
+        await site.desk.clock.advance(60)
+        build, _ = await site.ended(build)
+        assert (build.status, build.error) == (BuildStatus.FAILED, "it took longer than 150 s")
+        await site.nothing_is_left()
 
 
 async def test_a_template_that_is_deleted_ends_its_builds(site: Site) -> None:

@@ -158,7 +158,7 @@ async def test_a_stranger_is_deleted_when_an_operator_says_so(desk: Desk) -> Non
     await admin_of(desk).condemn(box.id)
     with pytest.raises(NotFoundError):
         await admin_of(desk).condemn("sandbox-000000000000")
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     assert desk.node.machines.keys() == {other.id}
     assert [one.id for one in await quarantined(desk)] == [other.id]
 
@@ -166,10 +166,10 @@ async def test_a_stranger_is_deleted_when_an_operator_says_so(desk: Desk) -> Non
 async def test_a_strangers_time_comes_to_an_end(desk: Desk) -> None:
     (box,) = await strangers(desk, 1)
     await desk.clock.oversleep(timedelta(days=6.9).total_seconds())
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     assert desk.node.machines.keys() == {box.id}
     await desk.clock.oversleep(timedelta(days=0.2).total_seconds())
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     assert desk.node.machines == {}
     assert await quarantined(desk) == []
 
@@ -224,7 +224,7 @@ async def test_what_was_said_of_an_earlier_machine_does_not_hold_for_a_later_one
         await tx.quarantine.condemn(box.id)
     machine.incarnation += 1
     desk.node.machines[box.id] = machine
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     assert desk.node.machines.keys() == {box.id}
     (found,) = await quarantined(desk)
     assert (found.incarnation, found.is_unwanted) == (machine.incarnation, False)
@@ -256,7 +256,7 @@ async def test_a_snapshot_without_a_row_is_kept_adopted_and_used(desk: Desk) -> 
     await admin_of(desk).condemn(deleted)
     with pytest.raises(ConflictError, match="being deleted"):
         await admin_of(desk).adopt(deleted, slug, email)
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     assert desk.node.snapshots.keys() == {kept}
     assert await quarantined(desk) == []
     (listed,) = await desk.services.snapshots.page(desk.actor, limit=10, after=None)
@@ -264,19 +264,19 @@ async def test_a_snapshot_without_a_row_is_kept_adopted_and_used(desk: Desk) -> 
     new = await desk.create(snapshot=kept, template=None)
     assert (new.status, new.template) == (Status.RUNNING, box.template)
     await desk.services.snapshots.delete(desk.actor, kept)
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     assert not desk.node.snapshots
 
 
 async def test_a_snapshots_time_in_quarantine_comes_to_an_end(desk: Desk) -> None:
     await snapshot_strangers(desk, 30)
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     assert len(await quarantined(desk)) == 30
     await desk.clock.oversleep(timedelta(days=6.9).total_seconds())
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     assert len(desk.node.snapshots) == 30
     await desk.clock.oversleep(timedelta(days=0.2).total_seconds())
-    await desk.drive(800)
+    await desk.drive(800, step=20)
     assert not desk.node.snapshots
     assert await quarantined(desk) == []
 
@@ -292,7 +292,7 @@ async def test_a_snapshot_that_cannot_be_read_is_kept_and_can_be_deleted(
     with pytest.raises(ConflictError, match="cannot be read"):
         await admin_of(desk).adopt(one, *await names_of(desk))
     await admin_of(desk).condemn(one)
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     assert not desk.node.snapshots
 
 
@@ -309,7 +309,7 @@ async def test_a_snapshot_that_cannot_be_asked_for_now_is_asked_for_again(
 
     monkeypatch.setattr(desk.node, "find_snapshot", slow)
     _, (one,) = await snapshot_strangers(desk, 1)
-    await desk.drive(400)
+    await desk.drive(400, step=20)
     (found,) = await quarantined(desk)
     assert (found.id, found.template, len(asked)) == (one, "base-minimal", 4)
     made = await admin_of(desk).adopt(one, *await names_of(desk))

@@ -161,6 +161,7 @@ async def open_desk(
     pace: Pace | None = None,
     nodes_tell: bool = False,
     has_versions: bool = False,
+    sections: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Desk]:
     """Open the services on fake nodes and run the reconciler, unless it is not to work.
 
@@ -172,7 +173,7 @@ async def open_desk(
     clock = clock or DrivenClock()
     own = dict(nodes or {"fake": FakeNode()})
     place_database(home / "sandyard.db")
-    settings = settings_of(home)
+    settings = settings_of(home, sections=sections)
     async with open_store(settings.store_url, key=secret_key(home), clock=clock) as store:
         await ensure_first_organization(store, clock, sign_up_of(settings))
         roster = await _joined(store, clock, own) if nodes_tell else None
