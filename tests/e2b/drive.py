@@ -1,10 +1,10 @@
 """Drives every public method of E2B's Python SDK against a server, with the SDK's own Python.
 
-    python drive.py sync|async TEMPLATE
+    python drive.py sync|async TEMPLATE [METHOD...]
 
 The server and the key are in the SDK's environment variables. It prints one line of JSON for each
-method: what came of it. It imports nothing of this repository, and is typed for none: the two SDKs
-have different types.
+method, or for those that are named: what came of it. It imports nothing of this repository, and is
+typed for none: the two SDKs have different types.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ import e2b  # type: ignore[import-not-found]  # where it runs, it is there
 
 IS_ASYNC = sys.argv[1] == "async"
 TEMPLATE = sys.argv[2]
+ONLY = set(sys.argv[3:])
 HAS_NAMES = "E2B_SANDBOX_URL" not in os.environ
 """Whether sandboxes have host names of their own, which only a domain gives them."""
 Sandbox: Any = e2b.AsyncSandbox if IS_ASYNC else e2b.Sandbox
@@ -500,6 +501,8 @@ async def main() -> None:
         handle = await done(box.commands.run("true", background=True))
         await done(handle.wait())
         for name in methods(box, handle):
+            if ONLY and name not in ONLY:
+                continue
             work = CHECKS.get(name)
             if work is None:
                 tell(name, "not driven")

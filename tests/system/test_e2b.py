@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,12 @@ _REFUSED = {
     "Sandbox.upload_url": "needs a domain",
 }
 """What is to be known of methods that work."""
+_NEED_DOMAIN = {"Sandbox.get_host", "Sandbox.download_url", "Sandbox.upload_url"}
+_OTHER_FORMS = _NEED_DOMAIN | {
+    "Sandbox.create", "Commands.run", "Commands.connect", "Pty.create", "Filesystem.write",
+    "Filesystem.watch_dir",
+}  # fmt: skip
+"""What is written apart in the sync and the async SDK: streams, callbacks, uploads, URLs."""
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +86,10 @@ def environment(server: RealServer, *, is_plain: bool = False) -> dict[str, str]
     return {**found, **trusted, "E2B_DOMAIN": domain}
 
 
-def driven(which: str, flavor: str, env: Mapping[str, str]) -> dict[str, str]:
-    """Drive an SDK, and return what came of each method."""
-    command: list[str | Path] = [python_with(which), ROOT / "tests/e2b/drive.py", flavor, "base"]
-    return outcomes_of(command, env)
+def driven(which: str, flavor: str, env: Mapping[str, str], *only: str) -> dict[str, str]:
+    """Drive an SDK, and return what came of each method, or of `only` some."""
+    drive = ROOT / "tests/e2b/drive.py"
+    return outcomes_of([python_with(which), drive, flavor, "base", *only], env)
 
 
 def interpreted(flavor: str, env: Mapping[str, str]) -> dict[str, str]:
@@ -108,16 +113,21 @@ def outcomes_of(command: Sequence[str | Path], env: Mapping[str, str]) -> dict[s
     return found
 
 
-def test_every_method_works_or_is_refused_by_name(server: RealServer) -> None:
-    # Each version whole, sync and async; one of the four by the server's plain URL.
+def test_every_method_works_or_is_refused_by_name(
+    server: RealServer, pytestconfig: pytest.Config
+) -> None:
+    # Each version whole, sync or async; the other way what has another form in it, and so by the
+    # server's plain URL.
     outcomes: dict[str, dict[str, str]] = {which: {} for which in WHICH}
-    needs_domain = {"Sandbox.get_host", "Sandbox.download_url", "Sandbox.upload_url"}
-    for which, flavor in product(WHICH, ("sync", "async")):
-        is_plain = (which, flavor) == ("oldest", "sync")
-        found = driven(which, flavor, environment(server, is_plain=is_plain))
+    for which, flavor, other in (("oldest", "async", "sync"), ("newest", "sync", "async")):
+        outcomes[which] = driven(which, flavor, environment(server))
+        assert {one: told for one, told in outcomes[which].items() if told != "works"} == {}
+        only = () if pytestconfig.getoption("--every") else _OTHER_FORMS
+        is_plain = which == "oldest"
+        found = driven(which, other, environment(server, is_plain=is_plain), *only)
         others = {one: told for one, told in found.items() if told != "works"}
-        assert others == ({one: "needs a domain" for one in needs_domain} if is_plain else {})
-        outcomes[which] |= found
+        assert others == (dict.fromkeys(_NEED_DOMAIN, "needs a domain") if is_plain else {})
+        assert found.keys() >= _OTHER_FORMS
     by_script = outcomes_of([*node_with_sdk(), "base"], environment(server))
     assert {one: told for one, told in by_script.items() if told != "works"} == {}
     for which, flavor in zip(WHICH, ("async", "sync"), strict=True):
