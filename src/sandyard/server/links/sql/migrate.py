@@ -8,6 +8,7 @@ it removes.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from alembic import command
@@ -56,8 +57,8 @@ def schema_of(connection: Connection) -> Schema:
     Raises:
         InternalError: a newer Sandyard has changed it in a way that this version cannot use.
     """
-    scripts = ScriptDirectory.from_config(_config(connection))
-    every = [one.revision for one in scripts.walk_revisions()][::-1]  # oldest first
+    floors = _floors()
+    every = list(floors)
     present = MigrationContext.configure(connection).get_current_revision()
     floor = _floor(connection)
     if present is not None and present not in every:
@@ -68,8 +69,8 @@ def schema_of(connection: Connection) -> Schema:
             )
         return Schema(present, every[-1], (), floor, floor)
     missing = every[every.index(present) + 1 :] if present is not None else every
-    raised = [getattr(scripts.get_revision(one).module, "floor", None) for one in missing]
-    after = max((one for one in (floor, *raised) if one is not None), default=None)
+    raised = (floor, *(floors[one] for one in missing))
+    after = max((one for one in raised if one is not None), default=None)
     return Schema(present, every[-1], tuple(missing), floor, after)
 
 
@@ -80,7 +81,9 @@ def upgrade(connection: Connection) -> None:
     """
     schema = schema_of(connection)
     if schema.is_behind:
-        command.upgrade(_config(connection), "head")
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
         connection.execute(delete(schema_floor))
         connection.execute(insert(schema_floor).values(revision=schema.floor_after))
 
@@ -92,8 +95,15 @@ def _floor(connection: Connection) -> str | None:
     return found
 
 
-def _config(connection: Connection) -> Config:
+@cache
+def _floors() -> dict[str, str | None]:
+    """Return the floor that each revision sets, if any, oldest revision first."""
+    scripts = ScriptDirectory.from_config(_config())
+    found = [(one.revision, getattr(one.module, "floor", None)) for one in scripts.walk_revisions()]
+    return dict(reversed(found))
+
+
+def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["connection"] = connection
     return config
