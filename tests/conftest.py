@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 
 from tests.support import history, postgres
-from tests.support.firecracker import environment_of, guests_of, notes, tried
+from tests.support.firecracker import environment_of, guests_of, needs_test_kernel, notes, tried
 from tests.support.leftovers import open_sockets, open_things
 from tests.support.ports import free_port
 from tests.support.routes import compile_once
@@ -120,12 +120,12 @@ def hypervisor(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     if request.param == "qemu":
         yield dict(QEMU)
         return
+    if not request.config.getoption("--every") and needs_test_kernel(request.param):
+        # A boot takes minutes. Guests are in the exams of the drivers all the same.
+        pytest.skip("NOT RUN: with a kernel for tests, scripts/test --all runs it")
     guests = guests_of(request.param)
     if not guests.verdict.is_usable:
         pytest.skip(f"NOT RUN: {request.param} boots no machine here: {guests.verdict.reason}")
-    if guests.kernel is not None and not request.config.getoption("--every"):
-        # A boot takes minutes. Guests are in the exams of the drivers all the same.
-        pytest.skip("NOT RUN: with a kernel for tests, scripts/test --all runs it")
     # With a kernel for tests only a guest's programs run at full speed: what they ask of it takes
     # longer still than its start tells.
     with paced(guests.pace if guests.kernel is None else guests.pace * 3):

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from sandyard.server.app.firecracker import DIGESTS
@@ -141,21 +142,33 @@ def guests_of(name: str) -> Guests:
     return tried[name]
 
 
+def needs_test_kernel(name: str) -> bool:
+    """Tell whether guests come up under a driver with a kernel for tests at most, without trying
+    that."""
+    if given_kernel() is None or not can_open():
+        return False
+    return not _tried_with(name, None).verdict.is_usable
+
+
 def _try(name: str) -> Guests:
+    guests, kernel = _tried_with(name, None), given_kernel()
+    if guests.verdict.is_usable or kernel is None or not can_open():
+        return guests
+    if name != "firecracker":
+        # What unpacks a bzImage is more than such a KVM can run; Firecracker's is unpacked.
+        kernel = unpacked_kernel(kernel, CACHE / "kernels")
+    return _tried_with(name, kernel)
+
+
+@cache
+def _tried_with(name: str, kernel: Path | None) -> Guests:
     if not can_open():
         return Guests(Verdict(False, "/dev/kvm is not here"))
     driver = firecracker_driver() if name == "firecracker" else QemuDriver(accel="kvm")
     drivers = Drivers([driver], cache=CACHE / f"verdicts-{name}.json")
-    kernels = [None] if (given := given_kernel()) is None else [None, given]
     try:
-        for kernel in kernels:
-            if kernel is not None and name != "firecracker":
-                # What unpacks a bzImage is more than such a KVM can run; Firecracker's is unpacked.
-                kernel = unpacked_kernel(kernel, CACHE / "kernels")
-            verdict = asyncio.run(drivers.judge(minimal_image(kernel)))[0].verdict
-            if verdict.is_usable:
-                return Guests(verdict, kernel, drivers.pace)
-        return Guests(verdict)
+        verdict = asyncio.run(drivers.judge(minimal_image(kernel)))[0].verdict
+        return Guests(verdict, kernel, drivers.pace) if verdict.is_usable else Guests(verdict)
     finally:
         remove_groups(GROUP)
 
