@@ -1,6 +1,6 @@
 """What a cluster costs: writers of several organizations, and the tunnel to a node.
 
-    .venv/bin/python -m bench.fleet [--seconds 5] [--rounds 500]
+    .venv/bin/python -m bench.fleet [--seconds 5] [--rounds 500] [--mib 200]
 
 The PostgreSQL is one of the bench's own, which waits for the disk at each commit, as one that keeps
 what it was given does. Beside what organizations write in turns of their own stands the same with
@@ -172,7 +172,7 @@ async def _echo_mib(tunnel: NodeTunnel, where: MachineRef, size_mib: int) -> flo
     return size_mib / (time.perf_counter() - began)
 
 
-async def _tunnel(rounds: int) -> dict[str, float]:
+async def _tunnel(rounds: int, mib: int) -> dict[str, float]:
     here, there = multiprocessing.Pipe()
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="b-") as folder:
         desk = Desk.new(Path(folder) / "papers")
@@ -194,7 +194,7 @@ async def _tunnel(rounds: int) -> dict[str, float]:
                     took["in process"].append(await _execute(node, near))
                     took["tunnel"].append(await _execute(tunnel, far))
                 rates = [
-                    (await _echo_mib(node, near, 200), await _echo_mib(tunnel, far, 200))
+                    (await _echo_mib(node, near, mib), await _echo_mib(tunnel, far, mib))
                     for _ in range(3)
                 ]
             here.send("end")
@@ -219,8 +219,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--mib", type=int, default=200)
     given = parser.parse_args()
-    print(json.dumps({"tunnel": asyncio.run(_tunnel(given.rounds))}, indent=2))
+    print(json.dumps({"tunnel": asyncio.run(_tunnel(given.rounds, given.mib))}, indent=2))
     folder = postgres.start_server(free_port(), is_durable=True)
     try:
         print(json.dumps({"writes": asyncio.run(_writes(given.seconds))}, indent=2))

@@ -10,7 +10,9 @@ pytestmark = pytest.mark.slow  # each starts servers of its own
     ("bench", "arguments"),
     [
         ("control", ["--rounds", "16", "--rows", "10"]),
-        pytest.param("fleet", ["--seconds", "0.1", "--rounds", "3"], marks=pytest.mark.postgres),
+        pytest.param(
+            "fleet", ["--seconds", "0.1", "--rounds", "3", "--mib", "2"], marks=pytest.mark.postgres
+        ),
     ],
 )
 def test_figures_come_out_of_a_round(bench: str, arguments: list[str]) -> None:

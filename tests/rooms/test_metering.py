@@ -236,7 +236,7 @@ STEPS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(STEPS, max_size=40))
 @pytest.mark.slow  # random lives find what no one thought of
 def test_random_lives_are_charged_exactly(steps: list[tuple[object, ...]]) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow  # thousands of requests: what no one thought of a
 
 
 # Whoever may do nothing is refused at the door, whatever else is asked.
-_EXAMPLES = {"admin": 20, "reader": 10, "none": 5}
+_EXAMPLES = {"admin": 12, "reader": 5, "none": 3}
 
 
 class Served:
