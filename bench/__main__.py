@@ -4,9 +4,9 @@
     .venv/bin/python -m bench --against COMMIT [--turns 3] [--only control] [--burners 1]
 
 Prints a table and JSON, keeps the figures in bench/results/, and with `--page` writes
-docs/reference/performance.md. Run it on a host that does nothing else. Under Firecracker, with a
-guest kernel that boots there, `bench.guests_firecracker` measures the same. With `--against`, the
-figures of another commit stand beside those of this tree (`bench.against`).
+docs/reference/performance.md and its chart. Run it on a host that does nothing else. Under
+Firecracker, with a guest kernel that boots there, `bench.guests_firecracker` measures the same.
+With `--against`, the figures of another commit stand beside those of this tree (`bench.against`).
 """
 
 import argparse
@@ -17,10 +17,9 @@ import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import against, control, fillers, guests
+from bench import against, chart, control, fillers, guests
 from bench.figures import RESULTS
 
-_PAGE = Path(__file__).parents[1] / "docs/reference/performance.md"
 Figures = dict[str, dict[str, float]]
 
 
@@ -32,7 +31,7 @@ def machine() -> str:
     )  # fmt: skip
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} of {cpu}, {memory:.0f} GiB, Linux {platform.release()}"
+    return f"{cores} cores of an {cpu}, {memory:.0f} GiB, Linux {platform.release()}"
 
 
 def last() -> Figures:
@@ -95,7 +94,8 @@ def main() -> None:
     content = json.dumps({"machine": about, "figures": figures}, indent=1)
     (RESULTS / f"all-{stamp}.json").write_text(content)
     if asked.page:
-        _PAGE.write_text(page(figures, before, about))
+        chart.PAGE.write_text(page(figures, before, about))
+        chart.main()
     print(content)
     print(about)
     for name, values in figures.items():
