@@ -77,7 +77,7 @@ def control() -> None:
 
 @nodes.callback(invoke_without_command=True)
 def node(context: typer.Context) -> None:
-    """Run this host's node until it is told to stop; machines live on."""
+    """Run this host's node until it is stopped; machines keep running."""
     if context.invoked_subcommand is None:
         asyncio.run(server_module("member").serve_node(_logged_settings()))
 

@@ -136,7 +136,7 @@ def pass_input(process: Process) -> None:
 
 @contextmanager
 def leaving() -> Iterator[None]:
-    """During the block, exit in an orderly way when told to end."""
+    """During the block, exit in an orderly way on a signal to end."""
     kept = {
         number: signal.signal(number, leave)
         for number in (signal.SIGTERM, signal.SIGHUP)

@@ -25,7 +25,7 @@ _SILENT_S = 50.0  # a server that lives says so every 15
 _LIVED_S = 5.0
 _PIECE = 64 * 1024
 _AHEAD_MAX = 256 * 1024
-# What the library says of connections that break is told here, in an error or not at all.
+# Broken connections are reported here, by an error; the library's log adds nothing.
 _NOBODY = logging.getLogger(f"{__name__}.nobody")
 _NOBODY.addHandler(logging.NullHandler())
 _NOBODY.propagate = False

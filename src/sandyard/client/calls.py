@@ -51,7 +51,7 @@ from sandyard.client.options import (
 
 T = TypeVar("T")
 EXEC_S = 30.0
-"""How long a command may take if nothing is said; compared by identity."""
+"""The default time limit of a command; compared by identity."""
 MARGIN_S = 90.0
 TRANSFER_S = 600.0
 WORK_S = 3700.0  # a server gives an hour to what copies, moves or removes
@@ -383,7 +383,7 @@ class Heard:
                     self._pass_on(b"", stream, is_last=True)
 
     def _pass_on(self, data: bytes, stream: str, *, is_last: bool = False) -> None:
-        """Tell what was printed as text; a character cut in two is told when it is whole."""
+        """Return output as text; a character that is cut in two is returned once it is whole."""
         tell = self._tell.get(stream)
         if tell is not None and (text := self._decoders[stream].decode(data, final=is_last)):
             self.told.tell(tell, text)

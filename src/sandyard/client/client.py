@@ -366,7 +366,7 @@ class Sandbox(SandboxFacts):
             return False
 
     def set_timeout(self, seconds: int) -> Self:
-        """Let it end so many seconds from now, whatever was said before; 0: never."""
+        """Let it end so many seconds from now, whatever was set before; 0: never."""
         return self.change(expires_in=seconds)
 
     def wait_until_ready(self, limit_s: float = 60.0) -> Self:

@@ -86,7 +86,7 @@ class Followed(Generic[EventT]):
         """
         self._fields = {}
         if self._since is not None and time.monotonic() - self._since > _LIVED_S:
-            # It was good for a while, whether anything was told or not.
+            # It worked for a while, whether any event arrived or not.
             self._breaks, self._heard_at = 0, time.monotonic()
         self._since = None
         heard_at, number = self._heard_at, min(self._breaks, len(_AGAIN_S) - 1)

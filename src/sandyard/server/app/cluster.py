@@ -45,7 +45,7 @@ from sandyard.server.tasks import concurrently
 
 log = logging.getLogger(__name__)
 
-_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
+_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared, not listened on
 INSTALLATION = "installation"
 """The name of the secret that has its authority and keys."""
 _LOOK_S, _RENEW_S = 20.0, 24 * 3600.0

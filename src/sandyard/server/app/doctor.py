@@ -333,7 +333,7 @@ def _kernels(settings: Settings) -> list[Finding]:
         except InvalidArgumentError as error:
             if error.facts.get("field") == "node.kernel_arguments":
                 findings.append(Finding("bad", error.message, "shorten them"))
-            continue  # else it is said above
+            continue  # otherwise reported above
         if current is not None and (
             current.inputs.get("kernel", "") != wanted or current.arguments != arguments
         ):

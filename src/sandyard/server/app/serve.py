@@ -106,7 +106,7 @@ async def ssh_gateway(control: Control, settings: Settings) -> AsyncIterator[Non
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, which goes on serving for `drain_s` seconds after it was told to stop.
+    """uvicorn, which goes on serving for `drain_s` seconds after it was asked to stop.
 
     `on_drain` is called at once, and connections are closed after their next answer: a load
     balancer has the time to notice, and no request meets a connection that is about to be closed.

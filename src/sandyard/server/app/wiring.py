@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 UNFINISHED = ".restoring"
 """The end of the name of a file that is there while a workspace is restored."""
-_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
+_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared, not listened on
 
 
 def images_of(settings: Settings) -> Images:

@@ -172,7 +172,7 @@ def check_json(value: object, *, field: str, depth: int = 0) -> None:
 
 
 def checked_name(name: str) -> str:
-    """Return a sandbox's name, refusing what could not be told from an id or cannot be printed.
+    """Return a sandbox's name, refusing what looks like an id or cannot be printed.
 
     Raises:
         InvalidArgumentError: not 1 to 63 printable characters, or of an id's form.

@@ -16,7 +16,7 @@ from sandyard.server.core.wire import Refusal
 REASONS = frozenset(Refusal) - {
     Refusal.UNAUTHORIZED, Refusal.UNSUPPORTED, Refusal.BAD_REQUEST, Refusal.REUSED,
 }  # fmt: skip
-"""Those of which a caller is told the name."""
+"""Those whose name is sent to the caller."""
 REUSED = (
     "cannot use {field}: it was used with another request within the last 24 hours; use a new key "
     "for a new request"

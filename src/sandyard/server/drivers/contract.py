@@ -55,9 +55,9 @@ class MachineSpec:
     place: Place
     token: str = field(default="", repr=False)
     has_acpi: bool = True
-    """Whether the kernel finds devices by ACPI; one that does not is told of them otherwise."""
+    """Whether the kernel finds devices by ACPI; for others they are on the command line."""
     arguments: str = ""
-    """What the kernel is told besides."""
+    """Additional kernel parameters."""
     background: Entry | None = None
     """Takes in the hypervisor of a machine that no caller waits for."""
 

@@ -56,7 +56,7 @@ _ENDS = {
     "poweroff": End(POWERED_OFF, "the guest was powered off"),
 }
 ECHO_PORT = 7
-"""What listens there in a fake machine says back what it is told."""
+"""A service on this port of a fake machine echoes what it receives."""
 
 
 @dataclass

@@ -196,7 +196,7 @@ def strangers(uids: range, netns_of: Callable[[int], Path]) -> list[int]:
 
 
 def _is_in(pid: int, netns: Path) -> bool:
-    """Tell whether a process is in a network namespace, or that cannot be told. The inode of a
+    """Tell whether a process is in a network namespace, or that is unknown. The inode of a
     namespace is unique on a kernel (namespaces(7))."""
     try:
         its = Path(f"/proc/{pid}/ns/net").stat()

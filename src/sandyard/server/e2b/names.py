@@ -22,7 +22,7 @@ _PORT_DIGITS = 5
 
 @dataclass(frozen=True)
 class Target:
-    """A port of a sandbox. `host` is the name that the client used, if that said it."""
+    """A port of a sandbox. `host` is the host name of the request, if it has one."""
 
     sandbox_id: str
     port: int
@@ -66,7 +66,7 @@ def for_port(matcher: Matcher, domain: str | None) -> Matcher:
 
 
 def domain_told(scope: Scope, domain: str | None) -> str | None:
-    """Return the domain that clients are told to find sandboxes under.
+    """Return the domain that is sent to clients, under which they find sandboxes.
 
     Without one in the settings it is the host that the client used: told none, it would send the
     sandbox's token to E2B's own domain.

@@ -32,8 +32,8 @@ class _Grant:
 
 
 class Known:
-    """What the sandbox was told: addresses that rules like `name:port` open, and the names of
-    addresses, for the journal."""
+    """DNS answers that the sandbox received: addresses that rules like `name:port` open, and the
+    names of addresses, for the journal."""
 
     def __init__(self) -> None:
         self._grants: dict[tuple[Address, int], _Grant] = {}
@@ -60,7 +60,7 @@ class Known:
             del self._grants[key]
 
     def is_granted(self, address: Address, port: int, rules: Rules) -> Judgement | None:
-        """Judge an address by what the sandbox was told of names with ports."""
+        """Judge an address by the DNS answers for names with ports."""
         grant = self._grants.get((address, port))
         if grant is None or grant.until < asyncio.get_running_loop().time():
             return None

@@ -118,7 +118,7 @@ class TlsStream:
     async def finish(self) -> None:
         """See Stream.finish."""
         with suppress(OSError, TimeoutError):
-            with suppress(ssl.SSLError):  # the other end has not said that it ends, too
+            with suppress(ssl.SSLError):  # the peer has not sent its close_notify
                 self._tls.unwrap()
             async with asyncio.timeout(_FAREWELL_S):
                 await self._flush()

@@ -21,7 +21,7 @@ _TOLD_BY_US = frozenset(
     }
 )  # fmt: skip
 _OURS = re.compile(rb"rt_(?:live|test)_|e2b_[0-9a-f]{40}", re.IGNORECASE)
-_LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104 - told apart
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104 - compared
 
 
 _NO_TRAILERS = _HOP | frozenset(
@@ -145,7 +145,7 @@ def to_client(
         else:
             result.append((name, value))
     if adds_policy and not any(name == b"referrer-policy" for name, _ in result):
-        # The name has the token in it, which pages elsewhere are not to be told.
+        # The name contains the token, which other sites must not learn.
         result.append((b"referrer-policy", b"same-origin"))
     return result
 

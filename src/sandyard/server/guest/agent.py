@@ -180,7 +180,7 @@ def _log(message: str) -> None:
 
 
 def main() -> None:
-    """Run the agent until it is told to stop."""
+    """Run the agent until it is asked to stop."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(processes.OOM_SCORE)
         os.setpriority(os.PRIO_PROCESS, 0, processes.NICENESS)

@@ -10,7 +10,7 @@ _CERTIFICATE = Path("/usr/local/share/ca-certificates/sandyard.crt")
 # Where distributions read authorities when they make their bundles anew.
 _SOURCES = (Path("/etc/pki/ca-trust/source/anchors"), Path("/etc/pki/trust/anchors"))
 _HASHED = Path("/etc/ssl/certs")
-# The first one that an image has is the one that its programs are told of.
+# The first one that an image has is set in the environment of its programs.
 _BUNDLES = (
     Path("/etc/ssl/certs/ca-certificates.crt"),  # Debian, Alpine
     Path("/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem"),  # Fedora

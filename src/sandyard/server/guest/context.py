@@ -1,4 +1,4 @@
-"""What the agent knows of its machine: what the host told it, and what it measured.
+"""What the agent knows of its machine: what the host sent, and what it measured.
 
 What the host told it (token, environment) is stored in a tmpfs that only root can read, so that PID
 1 may restart the agent at any time.
@@ -144,7 +144,7 @@ class Context:
             patience.go_by(told.get("pace"))  # an older agent wrote none
 
     def remember(self, *, token: str, env: Mapping[str, str], pace: float | None) -> None:
-        """Adopt what the host told, and store it for a restart of the agent."""
+        """Adopt what the host sent, and store it for a restart of the agent."""
         self.token, self.env = token, dict(env)
         patience.go_by(pace)
         # The code interpreter of templates/ reads `env` here.

@@ -48,7 +48,7 @@ class Watcher:
         self._paths: dict[int, bytes] = {}
         self._told: set[bytes] = set()
         self.is_over = False
-        """Whether the directory is gone, and nothing more will be told."""
+        """Whether the directory is gone; no more events follow."""
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when there are changes."""

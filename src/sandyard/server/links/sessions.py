@@ -219,7 +219,7 @@ async def _json_of(client: httpx.AsyncClient, url: str) -> Any:
 
 def _number(claims: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = claims.get(name, default)
-    # A year beyond 9999 cannot be told as a date.
+    # A datetime has no year beyond 9999.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value < 253402300800:
         raise InvalidTokenError(f"cannot accept the session token: its {name} is not a timestamp")

@@ -54,7 +54,7 @@ Dial = Callable[[float], Awaitable[socket.socket]]
 
 
 class AgentStream:
-    """See core.contracts.node.ByteStream. `last` is told what is read, if that matters."""
+    """See core.contracts.node.ByteStream. `last` receives what is read, if that matters."""
 
     def __init__(
         self,

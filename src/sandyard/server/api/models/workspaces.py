@@ -114,7 +114,7 @@ class WorkspaceUsageOut(Model):
 
 
 def usage_out(workspace: Workspace, mounting: Sequence[Sandbox], actor: Actor) -> WorkspaceUsageOut:
-    """Return who uses a workspace; of others' sandboxes a member is told how many there are."""
+    """Return who uses a workspace; of others' sandboxes a member gets only the number."""
     seen = [one for one in mounting if actor.sees_all or one.owner_user_id == actor.user_id]
     return WorkspaceUsageOut(
         workspace_id=workspace.id,

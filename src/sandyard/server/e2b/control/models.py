@@ -16,7 +16,7 @@ from sandyard.server.core.states import ON_ITS_WAY_UP, Status
 from sandyard.server.service.sandboxes.lifecycle import is_over
 
 ENVD_VERSION: Final = "0.6.13"
-"""The version that clients are told; they ask for nothing newer."""
+"""The version that is sent to clients, which ask for nothing newer."""
 CLIENT: Final = "sandyard"
 NO_END: Final = datetime(9999, 12, 31, tzinfo=UTC)
 RUNNING: Final = ON_ITS_WAY_UP | {Status.RUNNING, Status.SUSPECTED_MISSING}

@@ -73,7 +73,7 @@ class Control:
 
     @property
     def domain(self) -> str | None:
-        """The domain that clients are told."""
+        """The domain that is sent to clients."""
         return domain_told(self.request.scope, self.request.app.state.domain)
 
     @property

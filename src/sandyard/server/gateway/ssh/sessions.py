@@ -352,7 +352,7 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
         return where.path
 
     def _environment(self, channel: SessionChannel) -> dict[str, str]:
-        """Return what the process is told besides: what the client sends, and whence it comes."""
+        """Return additional environment variables: those that the client sends, and its address."""
         host, port = self._client.peer
         env: dict[str, str] = {}
         for name, value in channel.get_environment_bytes().items():

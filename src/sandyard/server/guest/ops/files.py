@@ -254,7 +254,7 @@ class _Child:
             case ops.WatchFolder():
                 self._watch(wish)
 
-    # --- what is told -----------------------------------------------------------------------
+    # --- answers ----------------------------------------------------------------------------
 
     def _work(self, path: bytes, work: Callable[[], ops.FileFact | None]) -> None:
         """Answer that something has begun that may take long, do it, and send its end."""

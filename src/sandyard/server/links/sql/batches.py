@@ -137,7 +137,7 @@ class Batches:
                 # The thread completed it, so its result is known.
                 batch.end(lost() if batch.is_whole else None)
                 raise
-            except Exception as error:  # noqa: BLE001 - told to every writer, and raised there
+            except Exception as error:  # noqa: BLE001 - passed to every writer, and raised there
                 batch.end(error)
             else:
                 batch.end()

@@ -264,11 +264,11 @@ class DoorPresence:
         self._may_be = may_be
 
     async def hello(self, node_id: str, hello: Hello) -> Welcome:
-        """See core.contracts.cluster.Registry.hello; who says it is told by the certificate."""
+        """See core.contracts.cluster.Registry.hello; the certificate names the sender."""
         return await self._tried("hello", hello, Welcome)
 
     async def beat(self, node_id: str, beat: Beat) -> Grant:
-        """See core.contracts.cluster.Registry.beat; who says it is told by the certificate."""
+        """See core.contracts.cluster.Registry.beat; the certificate names the sender."""
         return await self._tried("beat", beat, Grant)
 
     async def _tried(self, op: str, words: object, kind: type[_T]) -> _T:

@@ -24,7 +24,7 @@ class TunnelExchange:
         self._line = line
         self._came: deque[bytes] = deque()
         self._held = 0  # bytes that came and were not taken
-        self._owed = 0  # bytes that were taken, and that was not said
+        self._owed = 0  # bytes taken but not yet acknowledged
         self._may_send = WINDOW
         self._changed = asyncio.Condition()
         self._has_ended = False

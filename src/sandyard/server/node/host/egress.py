@@ -1,4 +1,4 @@
-"""The egress processes of a node: started, told their rules, and started again when they end.
+"""The egress processes of a node: started, sent their rules, and restarted when they end.
 
     machines/<machine id>/egress-<slot>.sock   receives the configuration; for root only
                           egress-1.log         its journal, in two files
@@ -193,7 +193,7 @@ class EgressProcesses:
         self._guards.pop(place.number, None)
 
     async def _tell(self, guard: _Guard) -> None:
-        """Tell a process its rules; one that cannot be told is replaced."""
+        """Send a process its rules; one that does not take them is replaced."""
         before = guard.stamp
         try:
             guard.stamp = await self._told_or_replaced(guard)

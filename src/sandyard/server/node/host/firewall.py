@@ -142,7 +142,7 @@ table inet sandyard {{
     type filter hook forward priority filter; policy drop;
     iifname "{tap}" ip saddr != {GUEST_IP} drop
     ct state established,related accept
-    # What a machine that stood still sends on an old connection: told at once, not met by silence.
+    # A machine that stood still may send on an old connection: it is rejected, not dropped.
     iifname "{tap}" tcp flags & (fin | syn | rst | ack) != syn reject with tcp reset
     {_accept(allow, f'iifname "{tap}" oifname "{uplink}"')}
     iifname "{tap}" ip daddr {{ {", ".join(UNREACHABLE)} }} reject with icmp type admin-prohibited

@@ -75,7 +75,7 @@ class Definition:
     user: str = ""
     """The account of programs for which none is named; root if it is empty."""
     workdir: str = ""
-    """Where programs begin for which nothing else is said."""
+    """The working directory of programs for which none is given."""
     ready: str | None = None
     """A command that ends with 0 once what was started can be used."""
     kernel: Path | None = None

@@ -105,7 +105,7 @@ class OwnKernel:
     def _has(self, need: Need, options: Mapping[str, str]) -> bool:
         found = {options.get(one) for one in need.options}
         if need.module == "virtio_mmio" and options.get("ACPI") != "y":
-            return "y" in found  # what it is told of devices does not reach a module
+            return "y" in found  # the parameter that lists devices does not reach a module
         is_loaded = self.modules is not None and (need.module is not None or not need.is_must)
         return "y" in found or ("m" in found and is_loaded)
 

@@ -55,7 +55,7 @@ class MachineProcess:
         self._watching: Task | None = None
         self._on_end: Callable[[End], None] | None = None
         self.machine: Machine | None = None
-        """The driver's machine; to be told from another that it may have later."""
+        """The driver's machine, which may be replaced by another one later."""
         self._enforced: Policy | None = None
         self.credentials: Credentials | None = None
         """What the control plane last sent for the rules; never in a file."""
@@ -235,7 +235,8 @@ class MachineProcess:
             )
 
     def assign(self) -> None:
-        """Run at ordinary priority for a sandbox from now on; its pool is not told of its end."""
+        """Run at ordinary priority for a sandbox from now on, without notifying its pool of its
+        end."""
         self._on_end = None
         if self.machine is not None:
             self.machine.come_forward()

@@ -110,7 +110,7 @@ class Copies:
                 log.debug("cannot renew the duty of copying: %s", error.message)
 
     async def _views(self) -> dict[str, NodeView]:
-        """Return what the nodes that can be reached said last, with all of their versions."""
+        """Return the last reports of reachable nodes, with all of their versions."""
         views = {}
         for one in self._nodes.ids():
             if not self._nodes.is_there(one):

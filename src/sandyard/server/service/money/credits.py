@@ -13,7 +13,7 @@ from sandyard.server.service.lines import line
 SIGN_UP = "sign-up"
 """The reference of the grant that an organization gets once."""
 AMOUNT_MAX = 10**12
-"""Cents; more is a mistake, and would not be told exactly by every client."""
+"""Cents; more is a mistake, and exceeds the exact integers of some clients."""
 
 
 async def credit(

@@ -20,7 +20,7 @@ _PERIOD_S = 3.0
 _DUTY, _DUTY_LASTS = "egress journals", timedelta(seconds=30)
 _QUIET_S = 3600.0
 _TOLD_MAX = 100
-"""Names of one sandbox that are told of in an hour: a guest may make up any number."""
+"""How many names of one sandbox are reported in an hour: a guest can make up any number."""
 _BACK_S = 60.0
 _NODE_S = 5.0
 _REFUSED = "sandbox.network_refused"

@@ -14,7 +14,7 @@ from sandyard.server.service.actor import Actor, plan_of
 _WINDOW_S = 60.0
 _WINDOWS_MAX = 100_000
 UNLIMITED = 1_000_000_000
-"""What is told where there is no limit, since clients expect a number."""
+"""Sent where there is no limit, since clients expect a number."""
 
 
 @dataclass(frozen=True)
