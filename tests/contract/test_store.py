@@ -116,7 +116,7 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
         place_database(tmp_path / "store.db")
         yield f"sqlite:///{tmp_path / 'store.db'}"
     else:
-        async with postgres_url() as found:
+        async with postgres_url(is_unused=True) as found:  # see `assert_indexed`
             yield found
 
 

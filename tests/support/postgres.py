@@ -35,14 +35,18 @@ SELECT md5(string_agg(line, ';' ORDER BY line)) FROM (
 
 
 @asynccontextmanager
-async def postgres_url(*, is_new: bool = False) -> AsyncIterator[str]:
+async def postgres_url(*, is_new: bool = False, is_unused: bool = False) -> AsyncIterator[str]:
     """Yield the URL of a database with the schema of this version in it, or of a new one; no table
-    has rows."""
+    has rows. PostgreSQL plans statements by what it knows of tables: an `is_unused` database has
+    had no rows before either."""
     if "port" not in _server:
         pytest.fail("the PostgreSQL of this run was not started")
     async with _connected("postgres") as admin:
         # To make one takes longer than most tests that use it.
-        name = _emptied.pop() if _emptied and not is_new else await _made(admin, is_new=is_new)
+        if _emptied and not is_new and not is_unused:
+            name = _emptied.pop()
+        else:
+            name = await _made(admin, is_new=is_new)
         yield _url_of(name)
         await admin.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
