@@ -24,6 +24,7 @@ from tests.support.several import open_several
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import InternalError, UnavailableError
+from sandyard.server.core.ops import Op
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Status
 from sandyard.server.drivers.contract import End
@@ -1607,6 +1608,17 @@ async def test_a_machine_that_dies_before_it_is_woken_is_paused_if_its_disk_allo
     await eventually(lambda: status_is(yard, box, "paused"))
     assert (await yard.act(box, "resume"))["statusReason"] is None
     assert await yard.execute(box, "recall") == "it"
+
+
+async def test_a_pause_has_the_guest_write_its_files_to_its_disk(yard: Yard) -> None:
+    for unknown, expected in ((frozenset[Op](), Op.FLUSH), (frozenset({Op.FLUSH}), Op.EXEC)):
+        yard.conduct.unknown = unknown
+        box = await yard.create()
+        machine = yard.machine_of(box)
+        machine.asked.clear()
+        await yard.act(box, "pause")
+        assert [one for one in machine.asked if one in (Op.FLUSH, Op.EXEC)][-1] is expected
+        assert (await yard.act(box, "resume"))["statusReason"] is None
 
 
 async def test_one_silence_at_a_resume_costs_no_memory(yard: Yard) -> None:

@@ -26,6 +26,7 @@ OPERATIONS = st.one_of(
     ),
     st.builds(ops.Execute, TEXT, NUMBER, TEXT, ENV, TEXT, st.booleans()),
     st.builds(ops.Dial, NUMBER),
+    st.builds(ops.Flush),
     st.builds(ops.Stats, st.none() | st.floats(0, 1e6)),
 )  # fmt: skip
 ANSWERS = st.one_of(

@@ -25,6 +25,7 @@ class Op(StrEnum):
     TRUST = "trust"
     MOUNT = "mount"
     UNMOUNT = "unmount"
+    FLUSH = "flush"
     EXEC = "exec"
     START = "start"
     RUN = "run"
@@ -202,6 +203,14 @@ class Unmount(Operation[Done]):
     answer = Done
 
     path: str
+
+
+@dataclass(frozen=True)
+class Flush(Operation[Done]):
+    """Write what programs have written to files to the machine's disks (sync(2))."""
+
+    op = Op.FLUSH
+    answer = Done
 
 
 @dataclass(frozen=True)
@@ -911,6 +920,7 @@ AnyOperation = (
     | Wake
     | MountAll
     | Unmount
+    | Flush
     | Trust
     | SetUp
     | Execute
@@ -947,7 +957,7 @@ def may_be_followed(operation: Operation[Any]) -> bool:
             return not operation.stdin  # its late output would be mistaken for the next answer
         case Run():
             return False
-        case Hello() | SetUp() | Wake() | MountAll() | Unmount() | Trust() | Stats():
+        case Hello() | SetUp() | Wake() | MountAll() | Unmount() | Trust() | Flush() | Stats():
             return True
         case Start() | List() | Signal() | Input() | Resize() | ReadWatch() | CloseWatch():
             return True

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import socket
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class Conduct:
     answers: bool = True
     wakes: bool = True
     is_rude: bool = False  # it refuses to say hello
+    unknown: frozenset[ops.Op] = frozenset()  # operations that its agent is too old for
     mute_wakes: int = 0  # so many times
     dies_at_set_up: int = 0  # so many times
     recent_cpu_percent: float = 0.0
@@ -120,6 +122,7 @@ class FakeMachine:
         self.is_behind = spec.background is not None
         self.is_saving = False
         self.executing: list[str] = []
+        self.asked: deque[ops.Op] = deque(maxlen=100)
         self.disk_mib: int | None = None
         self._moving = asyncio.Event()
         self._moving.set()
@@ -354,7 +357,7 @@ class FakeMachine:
                 await self._work_on_file(placed(operation), reader, decoder, writer)
             case (
                 ops.Hello() | ops.SetUp() | ops.Wake() | ops.Trust()
-                | ops.MountAll() | ops.Unmount()
+                | ops.MountAll() | ops.Unmount() | ops.Flush()
                 | ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize()
                 | ops.Stat() | ops.MakeFolder() | ops.Listen() | ops.Take() | ops.Stats()
                 | ops.OpenWatch() | ops.ReadWatch() | ops.CloseWatch()
@@ -403,6 +406,9 @@ class FakeMachine:
             raise _RefusedError(wire.Refusal.UNSUPPORTED, str(error)) from error
         except CodecError as error:
             raise _RefusedError(wire.Refusal.BAD_REQUEST, str(error)) from error
+        self.asked.append(operation.op)
+        if operation.op in self._conduct.unknown:
+            raise _RefusedError(wire.Refusal.UNSUPPORTED, f"there is no operation {operation.op}")
         if isinstance(operation, ops.SetUp | ops.Wake) and not self._conduct.wakes:
             raise _RefusedError(wire.Refusal.BAD_REQUEST, "told not to wake")
         if isinstance(operation, ops.Hello) and self._conduct.is_rude:
@@ -424,7 +430,7 @@ class FakeMachine:
                 self._mount(operation)
             case ops.Execute():
                 return ops.Started(1)
-            case ops.Pipe():
+            case ops.Pipe() | ops.Flush():
                 pass
             case (
                 ops.Start()

@@ -22,6 +22,7 @@ from sandyard.server.guest.ops import files
 from sandyard.server.guest.ops import processes as programs
 from sandyard.server.guest.ops.dial import dial, listen, take
 from sandyard.server.guest.ops.execute import execute
+from sandyard.server.guest.ops.flush import Flushes
 from sandyard.server.guest.ops.mount import mount
 from sandyard.server.guest.ops.setup import set_up, trust, wake
 from sandyard.server.guest.ops.stats import stats
@@ -41,6 +42,7 @@ class Agent:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._watches = Watches()
+        self._flushes = Flushes()
         self._open = 0
 
     async def serve(self, listener: socket.socket) -> None:
@@ -115,8 +117,11 @@ class Agent:
         again: bool,
     ) -> None:
         match operation:
-            case ops.Hello():
-                await answer(connection, ops.Greeting(os.getpid()), again=again)
+            case (
+                ops.Hello() | ops.Flush() | ops.Stats()
+                | ops.OpenWatch() | ops.ReadWatch() | ops.CloseWatch()
+            ):  # fmt: skip
+                await answer(connection, await self._answer(operation), again=again)
             case ops.SetUp() | ops.Wake() | ops.MountAll() | ops.Unmount() | ops.Trust():
                 await self._prepare(operation, connection)
                 await answer(connection, ops.Done(), again=again)
@@ -128,17 +133,12 @@ class Agent:
             case ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize():
                 done = await programs.carry_out(self._context, operation, connection)
                 await answer(connection, done, again=again)
-            case ops.OpenWatch() | ops.ReadWatch() | ops.CloseWatch():
-                done = await self._watches.carry_out(self._context, operation)
-                await answer(connection, done, again=again)
             case ops.Dial():
                 await dial(self._context, operation, connection, decoder)
             case ops.Listen():
                 await listen(self._context, operation, connection, decoder)
             case ops.Take():
                 await take(self._context, operation, connection, decoder)
-            case ops.Stats():
-                await answer(connection, await stats(self._context, operation), again=again)
             case (
                 ops.Stat() | ops.ListFolder() | ops.MakeFolder() | ops.Move() | ops.Copy()
                 | ops.Remove() | ops.Read() | ops.Write() | ops.WatchFolder()
@@ -146,6 +146,18 @@ class Agent:
                 await files.carry_out(self._context, operation, connection, decoder)
             case _:
                 assert_never(operation)
+
+    async def _answer(self, operation: ops.Hello | ops.Flush | ops.Stats | ops.KeptWatch) -> object:
+        match operation:
+            case ops.Hello():
+                return ops.Greeting(os.getpid())
+            case ops.Flush():
+                await self._flushes.flush()
+                return ops.Done()
+            case ops.Stats():
+                return await stats(self._context, operation)
+            case _:
+                return await self._watches.carry_out(self._context, operation)
 
     async def _prepare(
         self,

@@ -15,6 +15,7 @@ from sandyard.server.core.ids import new_secret
 from sandyard.server.core.ops import (
     CLOSED_PORT,
     AnswerT,
+    Flush,
     MountAll,
     MountPoint,
     Operation,
@@ -126,6 +127,15 @@ class Guest:
         asked_at = self._means.clock.monotonic()
         await self._link_or_raise().ask(self._waking(), limit_s=self._means.patience(WAKE_LIMIT_S))
         await self._correct_clock(asked_at)
+
+    async def flush(self, *, limit_s: float) -> None:
+        """Have the guest write its files to its disk.
+
+        Raises:
+            UnavailableError, InternalError: that failed, or took longer.
+            UnsupportedError: its agent is too old.
+        """
+        await self._link_or_raise().ask(Flush(), limit_s=limit_s)
 
     async def set_clock(self) -> None:
         """Set the clock after the machine was suspended without losing connections."""

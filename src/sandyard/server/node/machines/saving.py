@@ -82,18 +82,14 @@ class Saving:
             return
         limit_s = min(self._means.patience(_FLUSH_LIMIT_S), _FLUSH_LIMIT_MAX_S)
         try:
-            code = await self._guest.run(_FLUSH, limit_s=limit_s)
+            try:
+                await self._guest.flush(limit_s=limit_s)
+            except UnsupportedError:  # an agent of an earlier version
+                await self._guest.run(_FLUSH, limit_s=limit_s)
         except (SandyardError, TimeoutError) as error:
             log.warning(
                 "cannot flush a guest's files before its pause; pausing it anyway: %s", error
             )
-        else:
-            if code != 0:
-                log.warning(
-                    "cannot flush a guest's files before its pause; pausing it anyway: sync ended "
-                    "with %d",
-                    code,
-                )
 
     async def _undo(self, machine: SavingMachine) -> None:
         """Resume a machine that could not be saved. A state that was published is withdrawn
