@@ -78,6 +78,7 @@ class Conduct:
     has_room_to_save: bool = True
     save_delay_s: float = 0.0
     restores: bool = True
+    restore_delay_s: float = 0.0
     fits: bool = True
     answers: bool = True
     wakes: bool = True
@@ -735,6 +736,7 @@ class FakeDriver:
             raise ConflictError(f"cannot restore {spec.name}: {error}") from error
         machine = self._make(spec, held, version=saved.version)
         machine.remembers = remembers
+        await asyncio.sleep(self.conduct.restore_delay_s)
         await machine.boot()
         await machine.pause()
         return machine
