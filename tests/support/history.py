@@ -69,6 +69,7 @@ class InOrder:
     """A plugin of pytest for runs whose order is not random."""
 
     def __init__(self) -> None:
+        self._collected: set[str] = set()
         self._ran: set[str] = set()
         self._passed: set[str] = set()
         self._left_out: set[str] = set()
@@ -78,30 +79,47 @@ class InOrder:
         """Sort tests: modules of which some were left out come first, and begin with those; those
         that wait for large templates come last."""
         left_out = read().left_out
-        first = {_module(one) for one in left_out}
+        modules = {_module(one) for one in left_out}
+        groups = {_group(one) for one in items if one.nodeid in left_out}
 
-        def rank(item: pytest.Item) -> tuple[int, bool, bool, str, bool]:
-            # One server for all modules, and another one for each hypervisor.
-            under = item.callspec.indices.get("hypervisor", 0) if hasattr(item, "callspec") else 0
-            module = _module(item.nodeid)
+        def rank(item: pytest.Item) -> tuple[bool, int, bool, bool, str, bool]:
+            group, module = _group(item), _module(item.nodeid)
             is_large = item.get_closest_marker("large") is not None
-            return under, module not in first, is_large, module, item.nodeid not in left_out
+            is_first = item.nodeid in left_out
+            return group not in groups, group, module not in modules, is_large, module, not is_first
 
         items.sort(key=rank)
 
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        """Note which tests there are, also of those that are deselected."""
+        self._collected.add(item.nodeid)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note what became of a test."""
-        if report.when == "call":
+        """Note what became of a test. One that is skipped for another reason is not left out."""
+        if report.skipped and TOO_LATE in str(report.longrepr):
+            self._left_out.add(report.nodeid)
+        elif report.when == "call" or report.skipped:
             self._ran.add(report.nodeid)
             if report.passed:
                 self._passed.add(report.nodeid)
-        elif report.skipped and TOO_LATE in str(report.longrepr):
-            self._left_out.add(report.nodeid)
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Leave to the next run what this one had no time for."""
-        if self._ran or self._left_out:
-            record(self._ran, self._passed, self._left_out)
+        if not self._ran and not self._left_out:
+            return
+        gone = set[str]()
+        if not any("::" in one for one in session.config.args):  # modules were collected whole
+            modules = {_module(one) for one in self._collected}
+            gone = {one for one in read().left_out if _module(one) in modules} - self._collected
+        try:
+            record(self._ran | gone, self._passed, self._left_out)
+        except OSError as error:  # such as of a cache that is root's
+            print(f"the next run will not know what this one left out: {error}")  # noqa: T201
+
+
+def _group(item: pytest.Item) -> int:
+    """Return the number of the hypervisor: each has a server of its own, for all modules."""
+    return item.callspec.indices.get("hypervisor", 0) if hasattr(item, "callspec") else 0
 
 
 def _module(nodeid: str) -> str:

@@ -21,13 +21,16 @@ _server: dict[str, int] = {}
 _emptied: list[str] = []
 _schema: list[str] = []
 _MIGRATED = "migrated"
-# Of all that a migration makes: columns, indexes, triggers; and the versions that are noted.
+# All that a migration makes, and the versions that are noted.
 _SCHEMA = """
 SELECT md5(string_agg(line, ';' ORDER BY line)) FROM (
     SELECT concat_ws(' ', table_name, column_name, data_type, is_nullable, column_default)
         FROM information_schema.columns WHERE table_schema = 'public'
     UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'
     UNION ALL SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
+    UNION ALL SELECT concat_ws(' ', conrelid::regclass, conname, pg_get_constraintdef(oid))
+        FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+    UNION ALL SELECT proname || prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace
     UNION ALL SELECT 'at ' || version_num FROM alembic_version
     UNION ALL SELECT 'floor ' || revision FROM schema_floor
 ) AS lines (line)
@@ -49,9 +52,11 @@ async def postgres_url(*, is_new: bool = False, is_unused: bool = False) -> Asyn
             name = await _made(admin, is_new=is_new)
         yield _url_of(name)
         await admin.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
+            # It is waited for: what it had begun to commit would be the next test's.
+            "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = $1",
+            name,
         )
-        if not is_new and await _is_emptied(name):
+        if not is_new and not is_unused and await _is_emptied(name):
             _emptied.append(name)
         else:
             await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")

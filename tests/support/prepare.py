@@ -8,7 +8,7 @@ import signal
 
 from sandyard.server.app.wiring import builder_of
 from tests.support.e2b_sdks import node_with_sdk, python_with
-from tests.support.images import CACHE, cached_settings, minimal_image
+from tests.support.images import CACHE, cached_settings, one_at_a_time
 
 _IN_ORDER_OF_USE = (
     "builder",
@@ -22,8 +22,9 @@ _IN_ORDER_OF_USE = (
 
 def main() -> None:
     """Make everything that is not in the cache."""
-    minimal_image()
     builder = builder_of(cached_settings(CACHE / "home-large"))
+    with one_at_a_time():  # other tests build this one, too
+        asyncio.run(builder.build("base-minimal", progress=print))
     for slug in _IN_ORDER_OF_USE:
         asyncio.run(builder.build(slug, progress=print))
     python_with("oldest")

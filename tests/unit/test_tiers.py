@@ -56,16 +56,20 @@ def test_the_next_run_begins_with_what_one_had_no_time_for(tmp_path: Path) -> No
         "import pytest\npytestmark = pytest.mark.large\n"
         "def test_second():\n    pass\ndef test_third():\n    pass\n"
     )
-    (tmp_path / "test_c.py").write_text("def test_other():\n    pass\n")
+    (tmp_path / "test_c.py").write_text(
+        "import pytest\ndef test_other():\n    pass\n"
+        "@pytest.mark.long\ndef test_for_hours():\n    pass\n"
+    )
     in_order = ("-p", "no:randomly")
     # It has no time for one, of a module that comes last.
-    ran, output = run(tmp_path, *in_order, "--within", "0", "-k", "test_third")
+    ran, output = run(tmp_path, *in_order, "--within", "0", "-k", "third or hours")
     assert ran == []
     assert re.search(r"1 tests NOT RUN: .*\n.*test_b.py::test_third \(never passed here\)", output)
     ran, output = run(tmp_path, *in_order)
     assert ran == ["test_third", "test_second", "test_first", "test_other"], output
     ran, output = run(tmp_path, *in_order)
     assert ran == ["test_first", "test_other", "test_second", "test_third"], output
+    assert history.read(tmp_path).left_out == set()
 
 
 @pytest.mark.parametrize("written", ["", "[]", '{"passed": 1, "left_out": []}', "{"])
