@@ -27,7 +27,7 @@ def machine() -> str:
     """Return what it was measured on, in a line."""
     cpu = next(
         (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")), "a processor that does not say its name",
+         if line.startswith("model name")), "unnamed processor",
     )  # fmt: skip
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     cores = len(os.sched_getaffinity(0))

@@ -5,21 +5,24 @@
 Each turn runs both trees one after the other, and changes which is first, so that a slow moment of
 the host hits both. A ratio is this tree's figure divided by the commit's: the median of the turns,
 with the lowest and the highest beside it. What lies on one side of 1 by 5 % or more in every turn
-is marked. A tree is measured by its own benches, with this tree's Python environment.
+is marked. A tree is measured by its own benches and its own code, with the packages that are
+installed for this one.
 """
 
 import argparse
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
+import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+import httpx
 
 from bench.figures import burn
 
@@ -93,16 +96,35 @@ def tree_of(commit: str) -> Iterator[Path]:
         if made.returncode:
             raise SystemExit(f"error: cannot check {commit} out: {made.stderr.strip()}")
         try:
+            _make_environment(place)
             yield place
         finally:
             _git("worktree", "remove", "--force", place)
+            _git("worktree", "prune")
+
+
+def _make_environment(tree: Path) -> None:
+    """Make the Python environment of a tree: its own code, and the packages that are installed
+    here. By PYTHONPATH alone, programs that are started in isolated mode would be this tree's."""
+    venv.create(tree / ".venv", symlinks=True)
+    (packages,) = (tree / ".venv").glob("lib/python*/site-packages")
+    here = Path(httpx.__file__).parents[1]
+    (packages / "tree.pth").write_text(f"{tree / 'src'}\n{tree}\n{here}\n")
+    script = tree / ".venv/bin/sandyard"
+    _, _, rest = (Path(sys.executable).parent / "sandyard").read_text().partition("\n")
+    script.write_text(f"#!{tree / '.venv/bin/python'}\n{rest}")
+    script.chmod(0o755)
+
+
+def python_of(tree: Path) -> Path:
+    """Return the Python that runs a tree's own code."""
+    return Path(sys.executable) if tree == _ROOT else tree / ".venv/bin/python"
 
 
 def measured(tree: Path, bench: str, arguments: Sequence[str]) -> Figures:
     """Run a bench of a tree and return its figures."""
     done = subprocess.run(
-        [sys.executable, "-m", f"bench.{bench}", *arguments],
-        env={**os.environ, "PYTHONPATH": f"{tree}/src:{tree}"}, cwd=tree,
+        [python_of(tree), "-m", f"bench.{bench}", *arguments], cwd=tree,
         stdout=subprocess.PIPE, text=True, check=False, timeout=_LIMIT_S,
     )  # fmt: skip
     if done.returncode:

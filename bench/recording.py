@@ -3,7 +3,7 @@
     .venv/bin/python -m bench.recording
 
 Runs each command of `SESSION` against a server of its own and draws docs/images/session.svg: a line
-appears when the run printed it. A screenshot of a desktop becomes docs/images/desktop.png.
+appears when its command ended. A screenshot of a desktop becomes docs/images/desktop.png.
 """
 
 import os
@@ -29,14 +29,14 @@ SESSION = [
     "sandyard sandbox list",
     "sandyard sandbox delete demo copy-1 copy-2",
 ]
-_TYPING_S, _READING_S, _END_S = 0.7, 0.9, 4.0
+_TYPING_S, _READING_S = 0.7, 0.9
 _LINE, _COLUMN, _PAD = 19, 8.0, 14
 _STYLE = """
 text { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; fill: #d7dde3; white-space: pre }
 .command { fill: #ffffff; font-weight: 600 } .prompt { fill: #59b386 } .screen { fill: #16202a }
-@keyframes show { from { visibility: hidden } to { visibility: visible } }
-.line { visibility: hidden; animation-name: show; animation-timing-function: step-end;
-animation-fill-mode: forwards; animation-duration: 0.01s }"""
+@keyframes show { from { opacity: 0 } to { opacity: 1 } }
+@media (prefers-reduced-motion: no-preference) {
+.line { animation: show 0.01s step-end both } }"""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from bench.against import Row, compared, figures_in, tree_of
+from bench.against import Row, compared, figures_in, python_of, tree_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,6 +74,14 @@ def test_the_tree_of_a_commit_is_lent() -> None:
         pytest.skip("NOT RUN: this is not a clone")
     with tree_of("HEAD") as tree:
         assert (tree / "bench/control.py").exists()
+        where = "import sandyard, bench, httpx, sys; print(sandyard.__file__, bench.__file__)"
+        # Isolated, as servers start some of their processes.
+        found = subprocess.run(
+            [python_of(tree), "-I", "-c", where], capture_output=True, text=True, check=True
+        ).stdout
+        assert found.split() == [f"{tree}/src/sandyard/__init__.py", f"{tree}/bench/__init__.py"]
+        version = subprocess.run([tree / ".venv/bin/sandyard", "--version"], check=False)
+        assert version.returncode == 0
     assert not tree.exists()
     listed = subprocess.run(
         [*git, "worktree", "list"], capture_output=True, text=True, check=True
