@@ -249,12 +249,13 @@ class RealServer:
 
     def execute(self, reference: object, command: str, **body: object) -> dict[str, object]:
         """Run a command and return how it ended."""
+        asked = longer(int(str(body.get("timeout", 30_000))))
         if is_slow():
-            asked = longer(int(str(body.get("timeout", 30_000))))
             body["timeout"] = min(round(asked), _LONGEST_MS)
         answer = self.client.post(
-            f"/v1/sandboxes/{reference}/exec", json={"command": command, **body}
-        )
+            f"/v1/sandboxes/{reference}/exec", json={"command": command, **body},
+            timeout=longer(300) + asked / 1000,
+        )  # fmt: skip
         assert answer.status_code == 200, answer.text
         data: dict[str, object] = answer.json()["data"]
         return data

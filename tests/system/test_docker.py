@@ -50,8 +50,9 @@ def test_containers_run_at_once_and_go_on_after_a_pause(server: RealServer) -> N
     # waited for.
     server.delete(server.create(template="docker-ubuntu", wait=0)["id"])
     wait_until(
-        lambda: any(one["template"] == "docker-ubuntu" for one in server.waiting()), limit_s=300
-    )
+        lambda: any(one["template"] == "docker-ubuntu" for one in server.waiting()),
+        limit_s=BUILD_LIMIT_S, what="one waits",
+    )  # fmt: skip
     box = server.create(template="docker-ubuntu", idleTimeout=0)["id"]
     said(server, box, "docker version")  # of the daemon too, which was saved running
     said(server, box, IMAGE)
