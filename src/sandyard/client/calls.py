@@ -383,7 +383,8 @@ class Heard:
                     self._pass_on(b"", stream, is_last=True)
 
     def _pass_on(self, data: bytes, stream: str, *, is_last: bool = False) -> None:
-        """Return output as text; a character that is cut in two is returned once it is whole."""
+        """Pass output to its callback as text; a character that is cut in two follows once it is
+        whole."""
         tell = self._tell.get(stream)
         if tell is not None and (text := self._decoders[stream].decode(data, final=is_last)):
             self.told.tell(tell, text)

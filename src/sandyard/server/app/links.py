@@ -85,7 +85,7 @@ async def _of_control(settings: Settings) -> AsyncIterator[Finding]:
     for server in settings.cluster.nats:
         yield await look_at_nats(server, login, installation.nats_trusted.decode())
         if server.startswith("tls://"):
-            with suppress(UnavailableError):  # logged by the line before
+            with suppress(UnavailableError):  # the finding before says so
                 yield _expiry(
                     f"the certificate of NATS at {server}", await nats_expiry(server), _NATS_MEND
                 )

@@ -22,7 +22,7 @@ _PORT_DIGITS = 5
 
 @dataclass(frozen=True)
 class Target:
-    """A port of a sandbox. `host` is the host name of the request, if it has one."""
+    """A port of a sandbox. `host` is the host name of the request, if that named the sandbox."""
 
     sandbox_id: str
     port: int

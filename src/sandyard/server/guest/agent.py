@@ -1,6 +1,6 @@
 """The agent: accepts connections from the host, and carries out one operation at a time on each.
 
-It has one thread and one event loop.
+It has one event loop in one thread. Another one does nothing but sync(2), for `Flush`.
 """
 
 import asyncio

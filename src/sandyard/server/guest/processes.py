@@ -1,7 +1,8 @@
 """Starts processes, each in its own cgroup, so that everything it starts can be ended with it.
 
-The agent has one thread, which makes `fork` safe. The child does the little that is needed between
-fork and exec (cgroup, session, root, user, directory) and reports a failure through a pipe.
+One thread does all of the agent's work, which makes `fork` safe (see `guest.agent`). The child does
+the little that is needed between fork and exec (cgroup, session, root, user, directory) and reports
+a failure through a pipe.
 """
 
 import asyncio
@@ -385,8 +386,8 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
     """Start a process with vfork, which under emulation takes a fraction of fork's time.
 
     Few things can be set for a vforked child, so the agent temporarily moves itself into the
-    child's cgroup, root, directory and priority. It has one thread and does not wait in between, so
-    nothing else can observe that.
+    child's cgroup, root, directory and priority. It does not wait in between, and nothing else of
+    it can observe that: a thread that is in sync(2) looks at none of these.
     """
     home = _home()
     actions = [(os.POSIX_SPAWN_DUP2, source, number) for number, source in streams.items()]

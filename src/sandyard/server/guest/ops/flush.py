@@ -15,10 +15,12 @@ class Flushes:
 
     async def flush(self) -> None:
         """Return once everything that was written before is on the disks."""
-        # What was written since may have been missed by one that was at work already.
-        while self._latest is not None and not self._latest.done():
-            await asyncio.shield(self._latest)
-        self._latest = self._begun()
+        # One that is at work may miss what was just written. All that wait for it share the next.
+        before = self._latest
+        if before is not None:
+            await asyncio.shield(before)
+        if self._latest is None or self._latest is before:
+            self._latest = self._begun()
         await asyncio.shield(self._latest)
 
     def _begun(self) -> "asyncio.Future[None]":

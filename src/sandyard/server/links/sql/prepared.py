@@ -62,7 +62,7 @@ class Prepared:
     """One prepared statement. It has no list parameters, because those have varying lengths."""
 
     def __init__(self, statement: Any, *, writes: bool | None = None) -> None:
-        """A statement that selects and has parts that write counts as a write."""
+        """A statement that selects, and has parts that write, is declared with `writes`."""
         self.statement = statement
         self.writes = bool(statement.is_dml) if writes is None else writes
         self._plans: dict[tuple[str, frozenset[str]], StatementPlan] = {}

@@ -11,6 +11,7 @@ from sandyard.server.core.errors import (
     ConflictError,
     DamagedError,
     SandyardError,
+    UnavailableError,
     UnsupportedError,
 )
 from sandyard.server.drivers.contract import End, SavingMachine
@@ -85,7 +86,8 @@ class Saving:
             try:
                 await self._guest.flush(limit_s=limit_s)
             except UnsupportedError:  # an agent of an earlier version
-                await self._guest.run(_FLUSH, limit_s=limit_s)
+                if (code := await self._guest.run(_FLUSH, limit_s=limit_s)) != 0:
+                    raise UnavailableError(f"sync ended with {code}") from None
         except (SandyardError, TimeoutError) as error:
             log.warning(
                 "cannot flush a guest's files before its pause; pausing it anyway: %s", error
