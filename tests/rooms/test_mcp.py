@@ -74,7 +74,12 @@ async def live(client: Client) -> None:
     out = await ask(client, "read_output", sandbox="agent", pid=pid, wait_s=0.1)
     assert out["exit_code"] is None
     await ask(client, "stop_process", sandbox="agent", pid=pid)
-    assert (await ask(client, "read_output", sandbox="agent", pid=pid))["exit_code"] == 143
+
+    async def has_ended() -> bool:
+        out = await ask(client, "read_output", sandbox="agent", pid=pid)
+        return bool(out["exit_code"] == 143)
+
+    await eventually(has_ended)
     await ask(client, "write_binary_file", sandbox="agent", path="b", content="AP8=")
     read = await ask(client, "read_binary_file", sandbox="agent", path="b")
     assert read == {"base64": "AP8=", "size": 2, "next_offset": None}

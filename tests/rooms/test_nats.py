@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sandyard.server.core.contracts.node import MachineFact, NodeReport, Phase
 from sandyard.server.core.errors import DeadlineExceededError, InternalError, UnavailableError
 from sandyard.server.core.ids import new_sandbox_id
 from sandyard.server.links.nats import asks, client, server
+from sandyard.server.links.nats import link as link_module
 from sandyard.server.links.nats.client import Inbox, RemoteNode
 from sandyard.server.links.nats.link import PREFIX, Link, NatsMessage, linked
 from sandyard.server.links.nats.server import answering
@@ -321,3 +323,21 @@ def test_an_error_told_in_no_known_way_is_an_error_all_the_same() -> None:
     for told in (None, 7, {}, {"code": "nonsense", "facts": 7}):
         assert isinstance(asks.failed(told), InternalError)
     assert PREFIX == "sy.v1"
+
+
+async def test_a_close_that_takes_too_long_leaves_no_subscription_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stuck:
+        def __init__(self) -> None:
+            self.work = asyncio.create_task(asyncio.Event().wait())
+            self._subs = {1: SimpleNamespace(_wait_for_msgs_task=self.work)}
+
+        async def close(self) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(link_module, "_CLOSE_S", 0.01)
+    stuck: Any = Stuck()
+    await link_module._close(stuck)
+    await asyncio.wait([stuck.work], timeout=60)
+    assert stuck.work.cancelled()

@@ -266,6 +266,11 @@ async def _close(client: Client) -> None:
             await client.close()
     except Exception as error:  # noqa: BLE001 - it is of no more use in any case
         log.debug("cannot close a connection to NATS: %s", error)
+    finally:
+        # What was subscribed to while it closed, or a close that ran out of time, leaves these.
+        for one in list(client._subs.values()):
+            if one._wait_for_msgs_task is not None:
+                one._wait_for_msgs_task.cancel()
 
 
 @asynccontextmanager
