@@ -27,11 +27,11 @@ def machine() -> str:
     """Return what it was measured on, in a line."""
     cpu = next(
         (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")), "unnamed processor",
+         if line.startswith("model name")), "a processor without a name",
     )  # fmt: skip
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores of an {cpu}, {memory:.0f} GiB, Linux {platform.release()}"
+    return f"{cores} cores ({cpu}), {memory:.0f} GiB, Linux {platform.release()}"
 
 
 def last() -> Figures:

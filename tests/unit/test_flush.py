@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from sandyard.server.guest.ops import flush
 from sandyard.server.guest.ops.flush import Flushes
 
 
@@ -68,3 +69,16 @@ async def test_one_that_is_given_up_takes_no_second_thread(disk: Disk) -> None:
         disk.may_end.release()
     await asyncio.wait_for(asyncio.gather(*others), 60)
     assert disk.begun == 2
+
+
+async def test_nobody_waits_for_ever(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flush, "_LIMIT_S", 0.01)
+    flushes = Flushes()
+    for _ in range(2):  # the second waits for the first
+        with pytest.raises(TimeoutError):
+            await flushes.flush()
+    assert disk.begun == 1
+    disk.may_end.release()
+    async with asyncio.timeout(60):
+        while flushes._latest is None or not flushes._latest.done():
+            await asyncio.sleep(0.001)

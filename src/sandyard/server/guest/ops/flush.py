@@ -5,23 +5,32 @@ import contextlib
 import os
 import threading
 
+from sandyard.server.guest.patience import patient
+
+_LIMIT_S = 60.0
+
 
 class Flushes:
-    """Flushes of one machine, one at a time: a file server that does not answer may block one for
-    as long as it likes, and each takes a thread."""
+    """Runs sync(2) in a thread, one call at a time: if a file server does not answer, a call blocks
+    until it does."""
 
     def __init__(self) -> None:
         self._latest: asyncio.Future[None] | None = None
 
     async def flush(self) -> None:
-        """Return once everything that was written before is on the disks."""
-        # One that is at work may miss what was just written. All that wait for it share the next.
-        before = self._latest
-        if before is not None:
-            await asyncio.shield(before)
-        if self._latest is None or self._latest is before:
-            self._latest = self._begun()
-        await asyncio.shield(self._latest)
+        """Return once everything that was written before is on the disks.
+
+        Raises:
+            TimeoutError: that takes over a minute.
+        """
+        async with asyncio.timeout(patient(_LIMIT_S)):
+            # A call in progress may miss what was just written. Those that wait share the next one.
+            before = self._latest
+            if before is not None:
+                await asyncio.shield(before)
+            if self._latest is None or self._latest is before:
+                self._latest = self._begun()
+            await asyncio.shield(self._latest)
 
     def _begun(self) -> "asyncio.Future[None]":
         loop = asyncio.get_running_loop()

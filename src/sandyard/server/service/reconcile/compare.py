@@ -109,8 +109,7 @@ class Comparison:
     """
 
     heard_at: float | None = None
-    """When the node last answered, or reported by itself that nothing is new, by this process's
-    clock."""
+    """When the node last answered a request or sent a report, by this process's monotonic clock."""
     silent_since: float | None = None
     """Since when it has not answered, by this process's clock; None while it does."""
 
