@@ -11,9 +11,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from xdist.workermanage import WorkerController
 
 from tests.support import history, postgres
-from tests.support.firecracker import environment_of, guests_of, needs_test_kernel, notes, tried
+from tests.support.firecracker import environment_of, guests_of, needs_test_kernel, said_of_guests
 from tests.support.leftovers import open_sockets, open_things
 from tests.support.ports import free_port
 from tests.support.routes import compile_once
@@ -21,6 +22,7 @@ from tests.support.server import QEMU, is_slow, keep_a_golden, paced
 
 _PATIENCE = 3000  # looks, ten milliseconds apart
 _BEGAN = time.monotonic()
+_said_by_workers: set[str] = set()
 _USUAL_LIMIT_S = 1200
 """The time limit of tests with machines."""
 
@@ -37,8 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
     What we start would ignore an interrupt too, and some tests interrupt what they start.
     """
+    worker = getattr(config, "workerinput", None)
     if not config.pluginmanager.has_plugin("randomly"):
-        config.pluginmanager.register(history.InOrder())
+        left_out = history.read().left_out if worker is None else worker["left_out"]
+        config.pluginmanager.register(history.InOrder(set(left_out)))
+        if worker is None:
+            config.pluginmanager.register(history.Recorder())
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -90,18 +96,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs root"))
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave what is to be said of guests to the process that sums up."""
+    if output := getattr(session.config, "workeroutput", None):
+        output["said"] = said_of_guests()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController) -> None:
+    """Take what a worker leaves; one that was killed leaves nothing."""
+    _said_by_workers.update(getattr(node, "workeroutput", {}).get("said", ()))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say loudly what guests ran with where that is not a matter of course."""
-    for name, guests in tried.items():
-        if not guests.verdict.is_usable:
-            terminalreporter.write_line(f"NOT RUN with {name}: {guests.verdict.reason}", red=True)
-        else:
-            which = guests.kernel or "the distribution's kernel"
-            terminalreporter.write_line(
-                f"{name}: guests ran with {which}, {guests.pace:.1f} times as long as usual"
-            )
-    for note in notes:
-        terminalreporter.write_line(note, red=True)
+    """Say loudly what guests ran with, and what was left out."""
+    for line in sorted(_said_by_workers.union(said_of_guests())):
+        terminalreporter.write_line(line, red="NOT RUN" in line)
     skipped = terminalreporter.stats.get("skipped", [])
     if late := [one.nodeid for one in skipped if history.TOO_LATE in str(one.longrepr)]:
         passed, now = history.read().passed, time.time()

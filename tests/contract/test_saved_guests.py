@@ -186,7 +186,7 @@ def full_folder(parent: Path) -> Iterator[Path]:
         pytest.param("qemu-kvm", marks=[NEEDS_KVM, pytest.mark.kvm]),
         pytest.param(
             "firecracker",
-            marks=[NEEDS_KVM, pytest.mark.kvm, pytest.mark.core, pytest.mark.beside],
+            marks=[NEEDS_KVM, pytest.mark.kvm, pytest.mark.core],
         ),
     ],
 )

@@ -127,9 +127,24 @@ def _test_kernel(environment: dict[str, str]) -> Path | None:
 
 
 tried: dict[str, Guests] = {}
+"""What was found by `guests_of`, by driver."""
 notes: list[str] = []
 """What is to be said at the end of a run about guests with a kernel for tests."""
-"""What was found by `guests_of`, by driver."""
+
+
+def said_of_guests() -> list[str]:
+    """Return the lines with which a run says what its guests ran with, where that is not a matter
+    of course."""
+    lines = list(notes)
+    for name, guests in tried.items():
+        if guests.verdict.is_usable:
+            which = guests.kernel or "the distribution's kernel"
+            lines.append(
+                f"{name}: guests ran with {which}, {guests.pace:.1f} times as long as usual"
+            )
+        else:
+            lines.append(f"NOT RUN with {name}: {guests.verdict.reason}")
+    return lines
 
 
 def guests_of(name: str) -> Guests:

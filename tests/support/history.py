@@ -1,22 +1,27 @@
-"""The order of tests that run one after the other, and their history: which of them a run left out
-for lack of time, with which the next run begins, and when each last passed."""
+"""The order of tests with machines, and their history: which of them a run left out for lack of
+time, with which the next run begins, and when each last passed."""
 
 import contextlib
 import fcntl
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler.loadscope import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from tests.support.images import CACHE
 
 TOO_LATE = "NOT RUN: the time for tests was over; scripts/test without --within runs it"
 """Why a test was left out."""
 _FORGET_S = 90 * 86_400
+_ONE_SERVER = "tests/machine/"
 
 
 @dataclass
@@ -66,33 +71,52 @@ def age(passed_at: float | None, now: float) -> str:
 
 
 class InOrder:
-    """A plugin of pytest for runs whose order is not random."""
+    """A plugin of pytest for runs whose order is not random, in one process or several.
 
-    def __init__(self) -> None:
-        self._collected: set[str] = set()
-        self._ran: set[str] = set()
-        self._passed: set[str] = set()
-        self._left_out: set[str] = set()
+    Several processes share the tests by units, whose tests run one after the other in one of them.
+    """
+
+    def __init__(self, left_out: Set[str]) -> None:
+        self._left_out = left_out
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: WorkerController) -> None:
+        """Tell a worker what was left out: all of them must have the same order."""
+        node.workerinput["left_out"] = sorted(self._left_out)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(
+        self, config: pytest.Config, log: Producer
+    ) -> LoadScopeScheduling:
+        """Give the units to workers in the tests' order, the next to whoever is done."""
+        return _ByUnit(config, log)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Sort tests: modules of which some were left out come first, and begin with those; those
-        that wait for large templates come last."""
-        left_out = read().left_out
-        modules = {_module(one) for one in left_out}
-        groups = {_group(one) for one in items if one.nodeid in left_out}
+        """Sort tests: units of which some were left out come first, and begin with those; then the
+        long ones, so that none is left to the end."""
+        first = {one.nodeid for one in items if one.nodeid in self._left_out}
+        modules, units = {_module(one) for one in first}, {_unit(one) for one in first}
+        large = {_unit(one.nodeid) for one in items if one.get_closest_marker("large")}
+        sizes = Counter(_unit(one.nodeid) for one in items)
 
-        def rank(item: pytest.Item) -> tuple[bool, int, bool, bool, str, bool]:
-            group, module = _group(item), _module(item.nodeid)
+        def rank(item: pytest.Item) -> tuple[object, ...]:
+            unit, module = _unit(item.nodeid), _module(item.nodeid)
+            of_unit = (unit not in units, unit != _ONE_SERVER, unit not in large, -sizes[unit])
             is_large = item.get_closest_marker("large") is not None
-            is_first = item.nodeid in left_out
-            return group not in groups, group, module not in modules, is_large, module, not is_first
+            of_module = (_hypervisor(item), module not in modules, is_large, module)
+            return *of_unit, unit, *of_module, item.nodeid not in first
 
         items.sort(key=rank)
 
-    def pytest_itemcollected(self, item: pytest.Item) -> None:
-        """Note which tests there are, also of those that are deselected."""
-        self._collected.add(item.nodeid)
+
+class Recorder:
+    """A plugin of pytest that adds a run whose order is not random to the history."""
+
+    def __init__(self) -> None:
+        self._ran: set[str] = set()
+        self._passed: set[str] = set()
+        self._left_out: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note what became of a test. One that is skipped for another reason is not left out."""
@@ -103,27 +127,38 @@ class InOrder:
             if report.passed:
                 self._passed.add(report.nodeid)
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    def pytest_sessionfinish(self) -> None:
         """Leave to the next run what this one had no time for."""
         if not self._ran and not self._left_out:
             return
-        gone = set[str]()
-        if not any("::" in one for one in session.config.args):  # modules were collected whole
-            modules = {_module(one) for one in self._collected}
-            gone = {one for one in read().left_out if _module(one) in modules} - self._collected
         try:
-            record(self._ran | gone, self._passed, self._left_out)
+            record(self._ran, self._passed, self._left_out)
         except OSError as error:  # such as of a cache that is root's
             print(f"the next run will not know what this one left out: {error}")  # noqa: T201
 
 
-def _group(item: pytest.Item) -> int:
-    """Return the number of the hypervisor: each has a server of its own, for all modules."""
+class _ByUnit(LoadScopeScheduling):
+    def __init__(self, config: pytest.Config, log: Producer) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False  # the tests are in order
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _unit(nodeid)
+
+
+def _hypervisor(item: pytest.Item) -> int:
+    """Return the number of the hypervisor: each has a server of its own."""
     return item.callspec.indices.get("hypervisor", 0) if hasattr(item, "callspec") else 0
 
 
 def _module(nodeid: str) -> str:
     return nodeid.partition("::")[0]
+
+
+def _unit(nodeid: str) -> str:
+    """Return what runs in one process: a module, or the modules that have one server."""
+    module = _module(nodeid)
+    return _ONE_SERVER if module.startswith(_ONE_SERVER) else module
 
 
 @contextlib.contextmanager

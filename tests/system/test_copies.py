@@ -6,7 +6,7 @@ import pytest
 from tests.support.lab import Host, Lab, lab
 from tests.support.server import QEMU, wait_until
 
-pytestmark = [pytest.mark.machine, pytest.mark.beside]
+pytestmark = [pytest.mark.machine]
 
 
 def build(made: Lab, slug: str, **body: object) -> None:

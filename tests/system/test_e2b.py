@@ -20,7 +20,7 @@ from tests.support.server import QEMU, RealServer, longer, wait_until
 
 # Whichever test is the first waits for both templates to be built, where no run has built them yet.
 pytestmark = [
-    pytest.mark.machine, pytest.mark.beside, pytest.mark.large, pytest.mark.timeout(2400),
+    pytest.mark.machine, pytest.mark.large, pytest.mark.timeout(2400),
 ]  # fmt: skip
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from tests.support.oci import oci_layout, tree
 from tests.support.ports import free_port
 from tests.support.server import NO_POOL, QEMU, RealServer, longer
 
-pytestmark = [pytest.mark.machine, pytest.mark.beside, pytest.mark.long, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.machine, pytest.mark.long, pytest.mark.timeout(3600)]
 
 _APP = """
 def app(environ, start_response):

@@ -26,7 +26,7 @@ from tests.support.server import QEMU, SANDYARD, longer, wait_until
 from sandyard.server.app.member import home_of
 from sandyard.server.app.settings import Settings
 
-pytestmark = [pytest.mark.machine, pytest.mark.beside]
+pytestmark = [pytest.mark.machine]
 LONG = pytest.mark.long
 NAMES = ("one", "two", "three", "four", "five")
 

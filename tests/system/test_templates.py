@@ -40,7 +40,7 @@ from tests.support.registry import (
 )
 from tests.support.server import NO_POOL, QEMU, RealServer, wait_until
 
-pytestmark = [pytest.mark.machine, pytest.mark.beside]
+pytestmark = [pytest.mark.machine]
 
 BUILD_LIMIT_S = 600
 SERVE = ["/bin/busybox", "httpd", "-f", "-p", "8080"]

@@ -53,7 +53,7 @@ def test_each_tier_runs_what_it_should(
 def test_the_next_run_begins_with_what_one_had_no_time_for(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text("def test_first():\n    pass\n")
     (tmp_path / "test_b.py").write_text(
-        "import pytest\npytestmark = pytest.mark.large\n"
+        "import pytest\npytestmark = pytest.mark.large\n"  # and a module of those comes first
         "def test_second():\n    pass\ndef test_third():\n    pass\n"
     )
     (tmp_path / "test_c.py").write_text(
@@ -61,15 +61,39 @@ def test_the_next_run_begins_with_what_one_had_no_time_for(tmp_path: Path) -> No
         "@pytest.mark.long\ndef test_for_hours():\n    pass\n"
     )
     in_order = ("-p", "no:randomly")
-    # It has no time for one, of a module that comes last.
+    # It has no time for one, which is not the first of its module.
     ran, output = run(tmp_path, *in_order, "--within", "0", "-k", "third or hours")
     assert ran == []
     assert re.search(r"1 tests NOT RUN: .*\n.*test_b.py::test_third \(never passed here\)", output)
     ran, output = run(tmp_path, *in_order)
-    assert ran == ["test_third", "test_second", "test_first", "test_other"], output
+    assert ran == ["test_third", "test_second", "test_other", "test_first"], output
     ran, output = run(tmp_path, *in_order)
-    assert ran == ["test_first", "test_other", "test_second", "test_third"], output
+    assert ran == ["test_second", "test_third", "test_other", "test_first"], output
     assert history.read(tmp_path).left_out == set()
+
+
+@pytest.mark.slow  # likewise, twice
+def test_several_processes_share_modules_and_begin_with_what_was_left_out(tmp_path: Path) -> None:
+    one = "import os, pathlib, pytest\n"
+    for name in ("a", "b", "c", "d"):
+        one += f"def test_{name}():\n"
+        one += f"    pathlib.Path('{tmp_path}/{{0}}{name}').write_text(str(os.getpid()))\n"
+    modules = ("one", "two", "three")
+    for module in modules:
+        (tmp_path / f"test_{module}.py").write_text(one.format(module))
+    shared = ("-p", "no:randomly", "-n", "2")
+    ran, output = run(tmp_path, *shared, "--within", "0", "-k", "two and c")
+    assert ran == []
+    assert re.search(r"1 tests NOT RUN: .*\n.*test_two.py::test_c \(never passed here\)", output)
+    ran, output = run(tmp_path, *shared)
+    assert sorted(ran) == sorted(3 * ["test_a", "test_b", "test_c", "test_d"]), output
+    assert history.read(tmp_path).left_out == set()
+    assert len(history.read(tmp_path).passed) == 12
+    for module in modules:
+        assert len({one.read_text() for one in tmp_path.glob(f"{module}[a-d]")}) == 1
+    written = {one: one.stat().st_mtime_ns for one in tmp_path.glob("*[a-d]") if one.is_file()}
+    assert min(written, key=lambda one: written[one]).name in ("twoc", "onea", "threea")
+    assert written[tmp_path / "twoc"] < written[tmp_path / "twoa"]
 
 
 @pytest.mark.parametrize("written", ["", "[]", '{"passed": 1, "left_out": []}', "{"])
@@ -101,5 +125,5 @@ def run(folder: Path, *arguments: str) -> tuple[list[str], str]:
         env={**os.environ, "SANDYARD_TEST_CACHE": str(folder)},
     )  # fmt: skip
     assert done.returncode in (0, 5), done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    return [one.split("::")[1].split()[0] for one in lines if " PASSED" in one], done.stdout
+    lines = [one for one in done.stdout.splitlines() if "PASSED" in one]
+    return [one.split("::")[1].split()[0] for one in lines], done.stdout
