@@ -32,6 +32,7 @@ from sandyard.server.core.contracts.node import NodeReport, NodeView
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
+from sandyard.server.core.node_ops import Report
 from sandyard.server.core.records import ApiKey, NodeStart, User
 from sandyard.server.core.shapes import Shape
 from sandyard.server.links.identities import new_request
@@ -199,7 +200,7 @@ async def _placement() -> dict[str, float]:
     for one in nodes.all():
         await nodes.report_of(one)
     took, plain = [], []
-    reports = [await one.report() for one in fakes.values()]
+    reports = [await one.do(Report()) for one in fakes.values()]
     for _ in range(300):
         began = time.perf_counter()
         await placement.choose("base-minimal", _SHAPE)

@@ -34,6 +34,7 @@ from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.node import MachineRef, NodeTunnel
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
+from sandyard.server.core.node_ops import EnsureRunning
 from sandyard.server.core.ops import Dial, Execute
 from sandyard.server.core.records import Organization, Project, Sandbox, User
 from sandyard.server.core.shapes import Shape
@@ -126,7 +127,7 @@ async def _a_machine(home: Path) -> AsyncIterator[tuple[Node, MachineRef]]:
         node_id="n",
     ) as node:
         wish = a_wish(new_sandbox_id())
-        await node.ensure_running(wish)
+        await node.do(EnsureRunning(wish))
         yield node, MachineRef("n", wish.sandbox_id, 1)
     for one in list(host.machines.values()):
         one.die()

@@ -47,11 +47,24 @@ from sandyard.server.core.errors import (
     SandyardError,
 )
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
+from sandyard.server.core.node_ops import (
+    DropSnapshot,
+    EnsureGone,
+    EnsureNetwork,
+    EnsurePaused,
+    EnsureRunning,
+    EnsureSnapshot,
+    FindRoom,
+    FindSnapshot,
+    ListTemplates,
+    ReadJournal,
+    Report,
+)
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.fake import ECHO_PORT, Conduct, FakeDriver, FakeHost
 from sandyard.server.links.identities import control_name, node_name
 from sandyard.server.links.local import SystemClock
-from sandyard.server.links.nats import asks
+from sandyard.server.links.nats import messages
 from sandyard.server.links.nats.client import Inbox, RemoteNode
 from sandyard.server.links.nats.link import linked
 from sandyard.server.links.nats.server import answering
@@ -72,7 +85,7 @@ class Subject:
     async def start(self, wish: MachineWish | None = None) -> MachineWish:
         """Bring up a machine and return what was wished."""
         wish = wish or a_wish(new_sandbox_id())
-        await self.control.ensure_running(wish)
+        await self.control.do(EnsureRunning(wish))
         return wish
 
     async def run(self, wish: MachineWish, command: str) -> str:
@@ -88,7 +101,7 @@ class Subject:
 
     async def fact(self, wish: MachineWish) -> MachineFact | None:
         """Return what the node tells of a machine."""
-        report = await self.control.report()
+        report = await self.control.do(Report())
         return next((one for one in report.machines if one.sandbox_id == wish.sandbox_id), None)
 
     async def phase(self, wish: MachineWish) -> Phase | None:
@@ -210,7 +223,7 @@ def own(wish: MachineWish, incarnation: int) -> MachineWish:
 async def paused(subject: Subject) -> MachineWish:
     wish = await subject.start()
     await subject.run(wish, "remember me")
-    await subject.control.ensure_paused(wish.sandbox_id, incarnation=1)
+    await subject.control.do(EnsurePaused(wish.sandbox_id, incarnation=1))
     return wish
 
 
@@ -219,8 +232,8 @@ async def paused(subject: Subject) -> MachineWish:
 
 async def test_a_create_that_comes_twice_makes_one_machine(subject: Subject) -> None:
     wish = a_wish(new_sandbox_id())
-    facts = await asyncio.gather(*(subject.control.ensure_running(wish) for _ in range(5)))
-    again = await subject.control.ensure_running(wish)
+    facts = await asyncio.gather(*(subject.control.do(EnsureRunning(wish)) for _ in range(5)))
+    again = await subject.control.do(EnsureRunning(wish))
     assert {one.phase for one in (*facts, again)} == {Phase.RUNNING}
     assert again.sandbox_id == wish.sandbox_id
     assert again.ip
@@ -234,9 +247,9 @@ async def test_a_create_that_comes_late_wakes_nothing_that_was_paused_since(
 ) -> None:
     wish = await paused(subject)
     with pytest.raises(ConflictError):
-        await subject.control.ensure_running(wish)
+        await subject.control.do(EnsureRunning(wish))
     assert await subject.phase(wish) is Phase.PAUSED
-    await subject.control.ensure_running(own(wish, 2))
+    await subject.control.do(EnsureRunning(own(wish, 2)))
     assert await subject.run(own(wish, 2), "recall") == "me"
 
 
@@ -244,33 +257,33 @@ async def test_a_create_that_comes_late_takes_no_disk_from_one_that_died(subject
     wish = await subject.start()
     await subject.until_dead(wish)
     with pytest.raises(ConflictError) as caught:
-        await subject.control.ensure_running(wish)
+        await subject.control.do(EnsureRunning(wish))
     assert isinstance(caught.value, MachineDeadError)
     assert caught.value.facts["status"] == "error"
     assert await subject.phase(wish) is Phase.DEAD
-    fact = await subject.control.ensure_running(own(wish, 2))
+    fact = await subject.control.do(EnsureRunning(own(wish, 2)))
     assert (fact.phase, fact.incarnation) == (Phase.RUNNING, 2)
 
 
 async def test_a_create_that_comes_after_its_delete_makes_nothing(subject: Subject) -> None:
     done = await subject.start()
-    await subject.control.ensure_gone(done.sandbox_id, incarnation=1)
+    await subject.control.do(EnsureGone(done.sandbox_id, incarnation=1))
     overtaken = a_wish(new_sandbox_id())
-    await subject.control.ensure_gone(overtaken.sandbox_id, incarnation=1)
+    await subject.control.do(EnsureGone(overtaken.sandbox_id, incarnation=1))
     for wish in (done, overtaken):
         with pytest.raises(ConflictError):
-            await subject.control.ensure_running(wish)
+            await subject.control.do(EnsureRunning(wish))
         assert await subject.fact(wish) is None
     assert subject.left() == 0
 
 
 async def test_a_later_create_takes_the_place_of_an_earlier(subject: Subject) -> None:
     wish = await subject.start()
-    fact = await subject.control.ensure_running(replace(wish, incarnation=2))
+    fact = await subject.control.do(EnsureRunning(replace(wish, incarnation=2)))
     assert (fact.phase, fact.incarnation) == (Phase.RUNNING, 2)
     assert subject.left() == 1
     with pytest.raises(ConflictError):
-        await subject.control.ensure_running(wish)
+        await subject.control.do(EnsureRunning(wish))
 
 
 async def test_a_template_or_snapshot_that_is_not_there_is_told(subject: Subject) -> None:
@@ -280,7 +293,7 @@ async def test_a_template_or_snapshot_that_is_not_there_is_told(subject: Subject
         a_wish(new_sandbox_id(), origin=Origin.OWN),
     ):
         with pytest.raises(NotFoundError):
-            await subject.control.ensure_running(wish)
+            await subject.control.do(EnsureRunning(wish))
         assert await subject.fact(wish) is None
 
 
@@ -289,17 +302,17 @@ async def test_a_template_or_snapshot_that_is_not_there_is_told(subject: Subject
 
 async def test_a_pause_and_a_resume_may_come_twice(subject: Subject) -> None:
     wish = await paused(subject)
-    size = await subject.control.ensure_paused(wish.sandbox_id, incarnation=1)
+    size = await subject.control.do(EnsurePaused(wish.sandbox_id, incarnation=1))
     assert size > 0
     for _ in range(2):
-        fact = await subject.control.ensure_running(own(wish, 2))
+        fact = await subject.control.do(EnsureRunning(own(wish, 2)))
         assert (fact.phase, fact.incarnation) == (Phase.RUNNING, 2)
     assert await subject.run(own(wish, 2), "recall") == "me"
 
 
 async def test_two_resumes_at_once_are_one(subject: Subject) -> None:
     wish = await paused(subject)
-    await asyncio.gather(*(subject.control.ensure_running(own(wish, 2)) for _ in range(4)))
+    await asyncio.gather(*(subject.control.do(EnsureRunning(own(wish, 2))) for _ in range(4)))
     assert subject.left() == 1
     assert await subject.run(own(wish, 2), "recall") == "me"
 
@@ -308,14 +321,16 @@ async def test_what_was_meant_for_an_earlier_incarnation_harms_no_later_one(
     subject: Subject,
 ) -> None:
     wish = await paused(subject)
-    await subject.control.ensure_running(own(wish, 2))
+    await subject.control.do(EnsureRunning(own(wish, 2)))
     with pytest.raises(NotFoundError):
-        await subject.control.ensure_paused(wish.sandbox_id, incarnation=1)
+        await subject.control.do(EnsurePaused(wish.sandbox_id, incarnation=1))
     with pytest.raises(ConflictError):
-        await subject.control.ensure_running(wish)
+        await subject.control.do(EnsureRunning(wish))
     with pytest.raises(NotFoundError):
-        await subject.control.ensure_snapshot(new_uuid(), sandbox_id=wish.sandbox_id, incarnation=1)
-    await subject.control.ensure_gone(wish.sandbox_id, incarnation=1)
+        await subject.control.do(
+            EnsureSnapshot(new_uuid(), sandbox_id=wish.sandbox_id, incarnation=1)
+        )
+    await subject.control.do(EnsureGone(wish.sandbox_id, incarnation=1))
     assert await subject.run(own(wish, 2), "recall") == "me"
 
 
@@ -323,22 +338,22 @@ async def test_a_resume_that_comes_late_leaves_paused_what_was_paused_again(
     subject: Subject,
 ) -> None:
     wish = await paused(subject)
-    await subject.control.ensure_running(own(wish, 2))
-    await subject.control.ensure_paused(wish.sandbox_id, incarnation=2)
+    await subject.control.do(EnsureRunning(own(wish, 2)))
+    await subject.control.do(EnsurePaused(wish.sandbox_id, incarnation=2))
     with pytest.raises(ConflictError):
-        await subject.control.ensure_running(own(wish, 2))
+        await subject.control.do(EnsureRunning(own(wish, 2)))
     assert await subject.phase(wish) is Phase.PAUSED
 
 
 async def test_what_was_asked_before_something_later_was_changes_nothing(subject: Subject) -> None:
     wish = await subject.start(a_wish(new_sandbox_id(), version=3))
     here: Any = {"sandbox_id": wish.sandbox_id, "incarnation": 1}
-    await subject.control.ensure_running(replace(wish, version=5))
+    await subject.control.do(EnsureRunning(replace(wish, version=5)))
     late: list[Callable[[], Awaitable[object]]] = [
-        lambda: subject.control.ensure_running(replace(wish, version=4)),
-        lambda: subject.control.ensure_paused(**here, version=4),
-        lambda: subject.control.ensure_snapshot(new_uuid(), **here, version=4),
-        lambda: subject.control.ensure_gone(**here, version=4),
+        lambda: subject.control.do(EnsureRunning(replace(wish, version=4))),
+        lambda: subject.control.do(EnsurePaused(**here, version=4)),
+        lambda: subject.control.do(EnsureSnapshot(new_uuid(), **here, version=4)),
+        lambda: subject.control.do(EnsureGone(**here, version=4)),
     ]
     for ask in late:
         with pytest.raises(ConflictError):
@@ -347,38 +362,38 @@ async def test_what_was_asked_before_something_later_was_changes_nothing(subject
     fact = await subject.fact(wish)
     assert fact is not None
     assert fact.version == 5
-    await subject.control.ensure_running(replace(wish, version=5))  # it was asked last
-    await subject.control.ensure_paused(**here, version=6)
+    await subject.control.do(EnsureRunning(replace(wish, version=5)))  # it was asked last
+    await subject.control.do(EnsurePaused(**here, version=6))
     for ask in late:
         with pytest.raises(ConflictError):
             await ask()
         assert await subject.phase(wish) is Phase.PAUSED
-    assert (await subject.control.report()).snapshots == ()
-    await subject.control.ensure_gone(**here, version=7)
+    assert (await subject.control.do(Report())).snapshots == ()
+    await subject.control.do(EnsureGone(**here, version=7))
     with pytest.raises(ConflictError):
-        await subject.control.ensure_running(replace(wish, incarnation=2, version=6))
+        await subject.control.do(EnsureRunning(replace(wish, incarnation=2, version=6)))
     assert await subject.phase(wish) is None
 
 
 async def test_an_end_of_no_version_is_final(subject: Subject) -> None:
     wish = await subject.start(a_wish(new_sandbox_id(), version=9))
-    await subject.control.ensure_gone(wish.sandbox_id, incarnation=1)
+    await subject.control.do(EnsureGone(wish.sandbox_id, incarnation=1))
     for late in (replace(wish, version=10), replace(wish, incarnation=2, version=8)):
         with pytest.raises(ConflictError):
-            await subject.control.ensure_running(late)
+            await subject.control.do(EnsureRunning(late))
     assert await subject.phase(wish) is None
 
 
 async def test_an_end_that_overtakes_its_start_leaves_nothing(subject: Subject) -> None:
     wish = a_wish(new_sandbox_id(), version=1)
     await asyncio.gather(
-        subject.control.ensure_running(wish),
-        subject.control.ensure_gone(wish.sandbox_id, incarnation=1, version=2),
+        subject.control.do(EnsureRunning(wish)),
+        subject.control.do(EnsureGone(wish.sandbox_id, incarnation=1, version=2)),
         return_exceptions=True,
     )
     for late in (wish, replace(wish, incarnation=2)):
         with pytest.raises(ConflictError):
-            await subject.control.ensure_running(late)
+            await subject.control.do(EnsureRunning(late))
     assert subject.left() == 0
 
 
@@ -389,16 +404,16 @@ async def test_wishes_that_come_again_whenever_they_like_harm_nothing(
     random, wish = Random(seed), a_wish(new_sandbox_id(), version=1)
 
     def pause(incarnation: int, version: int) -> Callable[[], Awaitable[object]]:
-        return lambda: subject.control.ensure_paused(
-            wish.sandbox_id, incarnation=incarnation, version=version
+        return lambda: subject.control.do(
+            EnsurePaused(wish.sandbox_id, incarnation=incarnation, version=version)
         )
 
     def run(incarnation: int, version: int) -> Callable[[], Awaitable[object]]:
         this = replace(own(wish, incarnation), version=version)
-        return lambda: subject.control.ensure_running(this)
+        return lambda: subject.control.do(EnsureRunning(this))
 
     history: list[Callable[[], Awaitable[object]]] = [
-        lambda: subject.control.ensure_running(wish),
+        lambda: subject.control.do(EnsureRunning(wish)),
         pause(1, 2), run(2, 3), pause(2, 4), run(3, 5), run(3, 6), pause(3, 7), run(4, 8),
     ]  # fmt: skip
     for number, ask in enumerate(history):
@@ -418,11 +433,11 @@ async def test_what_is_dead_or_unknown_is_not_paused(subject: Subject) -> None:
     wish = await subject.start()
     await subject.until_dead(wish)
     with pytest.raises(ConflictError) as caught:
-        await subject.control.ensure_paused(wish.sandbox_id, incarnation=1)
+        await subject.control.do(EnsurePaused(wish.sandbox_id, incarnation=1))
     assert isinstance(caught.value, MachineDeadError)
     assert caught.value.facts["status"] == "error"
     with pytest.raises(NotFoundError):
-        await subject.control.ensure_paused(new_sandbox_id(), incarnation=1)
+        await subject.control.do(EnsurePaused(new_sandbox_id(), incarnation=1))
 
 
 # --- gone ---------------------------------------------------------------------------------------
@@ -431,14 +446,14 @@ async def test_what_is_dead_or_unknown_is_not_paused(subject: Subject) -> None:
 async def test_whatever_it_is_it_can_be_made_gone_and_twice(subject: Subject) -> None:
     running, still, dead = await subject.start(), await paused(subject), await subject.start()
     # The dead one has a name of its own: it is found by it.
-    await subject.control.ensure_gone(running.sandbox_id, incarnation=1)
+    await subject.control.do(EnsureGone(running.sandbox_id, incarnation=1))
     await subject.until_dead(dead)
     for wish in (running, still, dead):
         for _ in range(2):
-            await subject.control.ensure_gone(wish.sandbox_id, incarnation=1)
+            await subject.control.do(EnsureGone(wish.sandbox_id, incarnation=1))
         assert await subject.fact(wish) is None
     assert subject.left() == 0
-    assert (await subject.control.report()).machines == ()
+    assert (await subject.control.do(Report())).machines == ()
 
 
 # --- snapshots ----------------------------------------------------------------------------------
@@ -449,35 +464,35 @@ async def test_a_snapshot_is_made_once_and_machines_begin_from_it(subject: Subje
     await subject.run(wish, "remember me")
     shot = new_uuid()
     for _ in range(2):
-        fact = await subject.control.ensure_snapshot(
-            shot, sandbox_id=wish.sandbox_id, incarnation=1
+        fact = await subject.control.do(
+            EnsureSnapshot(shot, sandbox_id=wish.sandbox_id, incarnation=1)
         )
         assert fact.snapshot_id == shot
         assert fact.size_bytes > 0
-        assert await subject.control.find_snapshot(shot) == fact
+        assert await subject.control.do(FindSnapshot(shot)) == fact
         assert fact.template == wish.template
         assert fact.shape is not None
     assert await subject.run(wish, "recall") == "me"
-    assert (await subject.control.report()).snapshots == (shot,)
+    assert (await subject.control.do(Report())).snapshots == (shot,)
     clone = a_wish(new_sandbox_id(), origin=Origin.SNAPSHOT, snapshot_id=shot, hostname="clone")
     await subject.start(clone)
     assert await subject.run(clone, "recall") == "me"
     for _ in range(2):
-        await subject.control.drop_snapshot(shot)
+        await subject.control.do(DropSnapshot(shot))
     with pytest.raises(NotFoundError):
-        await subject.control.find_snapshot(shot)
-    assert (await subject.control.report()).snapshots == ()
+        await subject.control.do(FindSnapshot(shot))
+    assert (await subject.control.do(Report())).snapshots == ()
     assert await subject.run(clone, "recall") == "me"
 
 
 async def test_a_machine_is_put_back_to_a_snapshot(subject: Subject) -> None:
     wish, shot = await subject.start(), new_uuid()
     await subject.run(wish, "remember before")
-    await subject.control.ensure_snapshot(shot, sandbox_id=wish.sandbox_id, incarnation=1)
+    await subject.control.do(EnsureSnapshot(shot, sandbox_id=wish.sandbox_id, incarnation=1))
     await subject.run(wish, "remember after")
-    await subject.control.ensure_paused(wish.sandbox_id, incarnation=1)
+    await subject.control.do(EnsurePaused(wish.sandbox_id, incarnation=1))
     back = replace(wish, incarnation=2, origin=Origin.SNAPSHOT, snapshot_id=shot)
-    fact = await subject.control.ensure_running(back)
+    fact = await subject.control.do(EnsureRunning(back))
     assert (fact.incarnation, fact.way) == (2, Way.SNAPSHOT)
     assert await subject.run(back, "recall") == "before"
     assert subject.left() == 1
@@ -499,44 +514,44 @@ async def test_network_rules_come_with_a_machine_and_change_while_it_runs(
         return fact.rules
 
     assert await digest() == first.digest
-    await control.ensure_network(wish.sandbox_id, incarnation=1, policy=second, version=5)
+    await control.do(EnsureNetwork(wish.sandbox_id, incarnation=1, policy=second, version=5))
     assert await digest() == second.digest
     with pytest.raises(ConflictError):  # it was sent before, and came later
-        await control.ensure_network(wish.sandbox_id, incarnation=1, policy=first, version=4)
+        await control.do(EnsureNetwork(wish.sandbox_id, incarnation=1, policy=first, version=4))
     assert await digest() == second.digest
-    await control.ensure_paused(wish.sandbox_id, incarnation=1, version=6)
+    await control.do(EnsurePaused(wish.sandbox_id, incarnation=1, version=6))
     with pytest.raises(ConflictError):
-        await control.ensure_network(wish.sandbox_id, incarnation=1, policy=first, version=7)
-    await control.ensure_running(
-        replace(wish, incarnation=2, origin=Origin.OWN, policy=NO_RULES, version=8)
+        await control.do(EnsureNetwork(wish.sandbox_id, incarnation=1, policy=first, version=7))
+    await control.do(
+        EnsureRunning(replace(wish, incarnation=2, origin=Origin.OWN, policy=NO_RULES, version=8))
     )
     assert await digest() == ""
     with pytest.raises(NotFoundError):
-        await control.ensure_network(new_sandbox_id(), incarnation=1, policy=first)
+        await control.do(EnsureNetwork(new_sandbox_id(), incarnation=1, policy=first))
 
 
 async def test_a_sandbox_without_rules_has_an_empty_journal(subject: Subject) -> None:
     wish = await subject.start()
-    assert await subject.control.connections(wish.sandbox_id) == ()
-    assert await subject.control.connections(wish.sandbox_id, since=5.0) == ()
+    assert await subject.control.do(ReadJournal(wish.sandbox_id)) == ()
+    assert await subject.control.do(ReadJournal(wish.sandbox_id, since=5.0)) == ()
     with pytest.raises(NotFoundError):
-        await subject.control.connections(new_sandbox_id())
+        await subject.control.do(ReadJournal(new_sandbox_id()))
 
 
 async def test_a_node_says_what_it_holds_and_what_it_could_take(subject: Subject) -> None:
-    before = await subject.control.report()
+    before = await subject.control.do(Report())
     wish = await subject.start()
-    after = await subject.control.report()
+    after = await subject.control.do(Report())
     assert after.node_id == subject.control.node_id
     assert "base-minimal" in after.templates
     assert after.memory_mib < before.memory_mib
     assert after.disk_mib > 0  # what is free on a real host is not only ours to say
     assert [one.sandbox_id for one in after.machines] == [wish.sandbox_id]
-    facts = {one.slug: one for one in await subject.control.templates()}
+    facts = {one.slug: one for one in await subject.control.do(ListTemplates())}
     assert facts["base-minimal"].status is TemplateStatus.READY
-    assert await subject.control.find_room("base-minimal", Shape(1, 128, 1024)) in (True, False)
+    assert await subject.control.do(FindRoom("base-minimal", Shape(1, 128, 1024))) in (True, False)
     with pytest.raises(NoCapacityError):
-        await subject.control.find_room("base-minimal", Shape(1, 65536, 1024), count=10**9)
+        await subject.control.do(FindRoom("base-minimal", Shape(1, 65536, 1024), count=10**9))
 
 
 # --- the tunnel ---------------------------------------------------------------------------------
@@ -584,7 +599,7 @@ async def test_only_the_machine_that_is_meant_is_reached(subject: Subject) -> No
         with pytest.raises(NotFoundError):
             async with subject.tunnel.open(other, ops.Hello()):
                 pass
-    await subject.control.ensure_paused(wish.sandbox_id, incarnation=1)
+    await subject.control.do(EnsurePaused(wish.sandbox_id, incarnation=1))
     with pytest.raises(ConflictError):
         async with subject.tunnel.open(where(subject, wish), ops.Hello()):
             pass
@@ -604,7 +619,7 @@ async def test_who_uses_a_machine_is_told_of_its_pause_and_the_node_knows_of_the
             fact = await subject.fact(wish)
             assert fact is not None
             assert fact.is_used
-            await subject.control.ensure_paused(wish.sandbox_id, incarnation=1)
+            await subject.control.do(EnsurePaused(wish.sandbox_id, incarnation=1))
             while await opened.stream.read(1000):
                 pass
     assert caught.value.facts["status"] == "paused"
@@ -649,7 +664,7 @@ def test_wishes_facts_and_reports_come_through_whole(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "passed", [lambda error: asks.failed(asks.failure(error)["error"]),
+    "passed", [lambda error: messages.failed(messages.failure(error)["error"]),
                lambda error: frames.refused(frames.refusal(error)), told],
     ids=["bus", "tunnel", "fake"],
 )  # fmt: skip

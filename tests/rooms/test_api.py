@@ -10,6 +10,7 @@ import pytest
 from tests.support.house import EACH_STORE, Yard, eventually, open_yard, store_section, until
 
 from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.node_ops import Report
 from sandyard.server.core.states import Status
 from sandyard.server.service.readiness import Readiness
 
@@ -153,7 +154,7 @@ async def test_delete_while_creating_leaves_nothing(yard: Yard) -> None:
     answer = await yard.client.delete(f"/v1/sandboxes/{created['id']}")
     assert answer.status_code == 200
     assert not yard.host.machines
-    assert (await yard.house.node.report()).machines == ()
+    assert (await yard.house.node.do(Report())).machines == ()
 
 
 async def test_an_async_delete_answers_202(yard: Yard) -> None:
@@ -213,7 +214,7 @@ async def test_a_start_that_fails_says_why_and_leaves_nothing(
         assert isinstance(reason, dict)
         assert word in reason["message"]
         assert not yard.host.machines
-        assert (await yard.house.node.report()).machines == ()
+        assert (await yard.house.node.do(Report())).machines == ()
         used = await yard.client.post(f"/v1/sandboxes/{data['id']}/exec", json={"command": "x"})
         assert used.status_code == 409
         assert used.json()["error"]["details"] == {"status": "failed"}

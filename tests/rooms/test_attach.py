@@ -24,6 +24,7 @@ from sandyard.client.config import ClientConfig
 from sandyard.client.models import ProcessEvent
 from sandyard.server.api import events
 from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.node_ops import Report
 
 QUIET = ("alive", "taken")
 
@@ -357,7 +358,7 @@ async def test_sockets_are_counted_at_the_door(tmp_path: Path) -> None:
 
 
 async def is_unused(yard: Yard, box: Mapping[str, object]) -> bool:
-    machines = (await yard.house.node.report()).machines
+    machines = (await yard.house.node.do(Report())).machines
     return not any(one.is_used for one in machines if one.sandbox_id == box["id"])
 
 

@@ -35,6 +35,7 @@ from sandyard.client import (
     UnauthorizedError,
     UnavailableError,
 )
+from sandyard.server.core.node_ops import Report
 from sandyard.server.drivers.fake import Conduct
 
 T = TypeVar("T")
@@ -384,7 +385,9 @@ async def test_what_was_begun_is_ended_whoever_cancels_it(opened: Door) -> None:
         scope = anyio.CancelScope()
 
         async def cancel_once_it_is_followed() -> None:
-            while not any(one.is_used for one in (await opened.yard.house.node.report()).machines):
+            while not any(
+                one.is_used for one in (await opened.yard.house.node.do(Report())).machines
+            ):
                 await asyncio.sleep(0.01)
             scope.cancel()
 

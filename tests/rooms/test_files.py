@@ -14,6 +14,7 @@ from tests.support.events import read_events
 from tests.support.house import Yard, eventually, open_yard
 from tests.support.several import open_several
 
+from sandyard.server.core.node_ops import Report
 from sandyard.server.drivers.fake_files import ROOM
 from sandyard.server.service.sandboxes import frames
 
@@ -260,7 +261,7 @@ async def test_large_files_go_through(tmp_path: Path) -> None:
 
 
 async def is_unused(yard: Yard, box: Mapping[str, object]) -> bool:
-    machines = (await yard.house.node.report()).machines
+    machines = (await yard.house.node.do(Report())).machines
     return not any(one.is_used for one in machines if one.sandbox_id == box["id"])
 
 

@@ -24,6 +24,7 @@ from tests.support.several import open_several
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import InternalError, UnavailableError
+from sandyard.server.core.node_ops import EnsureGone, Report
 from sandyard.server.core.ops import Op
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Status
@@ -65,7 +66,7 @@ async def has_every_golden(yard: Yard) -> bool:
 async def pool_is(yard: Yard, size: int) -> bool:
     found = [
         one.size
-        for one in (await yard.house.node.report()).shelves
+        for one in (await yard.house.node.do(Report())).shelves
         if one.template == "base-ubuntu"
     ]
     return found == [size]
@@ -83,7 +84,7 @@ async def metric(yard: Yard, name: str) -> float:
 
 
 async def is_used(yard: Yard, sandbox: Mapping[str, object]) -> bool:
-    machines = (await yard.house.node.report()).machines
+    machines = (await yard.house.node.do(Report())).machines
     return any(one.is_used for one in machines if one.sandbox_id == sandbox["id"])
 
 
@@ -344,7 +345,7 @@ async def only_one_machine(yard: Yard) -> bool:
 
 
 async def nothing_left(yard: Yard) -> bool:
-    return not yard.host.machines and not (await yard.house.node.report()).machines
+    return not yard.host.machines and not (await yard.house.node.do(Report())).machines
 
 
 @pytest.mark.parametrize("status", ["running", "paused", "pausing", "resuming", "error"])
@@ -515,7 +516,7 @@ async def test_a_record_that_cannot_be_read_gives_nothing_up(tmp_path: Path, sta
 async def test_what_is_left_nowhere_is_orphaned(yard: Yard) -> None:
     box = await yard.create()
     await yard.act(box, "pause")
-    await yard.house.node.ensure_gone(str(box["id"]), incarnation=9)
+    await yard.house.node.do(EnsureGone(str(box["id"]), incarnation=9))
     await eventually(lambda: status_is(yard, box, "orphaned"))
     listed = (await yard.client.get("/v1/sandboxes")).json()["data"]
     assert listed == []
@@ -525,7 +526,7 @@ async def test_what_is_left_nowhere_is_orphaned(yard: Yard) -> None:
 async def test_one_that_was_lost_can_be_deleted_when_its_name_is_anothers(yard: Yard) -> None:
     lost = await yard.create(name="web")
     await yard.act(lost, "pause")
-    await yard.house.node.ensure_gone(str(lost["id"]), incarnation=9)
+    await yard.house.node.do(EnsureGone(str(lost["id"]), incarnation=9))
     await eventually(lambda: status_is(yard, lost, "orphaned"))
     other = await yard.create(name="web")
     assert (await yard.client.delete(f"/v1/sandboxes/{lost['id']}")).status_code == 200
@@ -598,7 +599,7 @@ async def test_a_machine_that_nobody_woke_is_woken_before_it_is_used(tmp_path: P
     record = record_of(tmp_path, box)
     record.write_text(json.dumps({**json.loads(record.read_text()), "is_awake": False}))
     async with open_yard(tmp_path, host=host, saves=True, keep=True, works=False) as yard:
-        assert [one.phase for one in (await yard.house.node.report()).machines] == ["waking"]
+        assert [one.phase for one in (await yard.house.node.do(Report())).machines] == ["waking"]
         answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "x"})
         assert answer.status_code == 409
         async with yard.house.store.write(Turn.ALONE) as tx:
@@ -935,14 +936,14 @@ async def test_a_member_that_fails_is_counted_until_one_succeeds(tmp_path: Path)
         for machine in list(yard.host.machines.values()):
             machine.die()
         await until(lambda: shelf.failures >= 3)
-        assert max(one.failures for one in (await node.report()).shelves) >= 3
+        assert max(one.failures for one in (await node.do(Report())).shelves) >= 3
         conduct.dies_at_set_up = 0
         await eventually(lambda: has_waiting(yard, 2))
         assert shelf.failures == 0
 
 
 async def has_waiting(yard: Yard, count: int) -> bool:
-    shelves = (await yard.house.node.report()).shelves
+    shelves = (await yard.house.node.do(Report())).shelves
     return all(one.size >= count for one in shelves)
 
 

@@ -18,7 +18,14 @@ from tests.support.nodes import FakeNode, a_wish
 from sandyard.server.core.contracts.node import MachineFact, NodeReport, Phase
 from sandyard.server.core.errors import DeadlineExceededError, InternalError, UnavailableError
 from sandyard.server.core.ids import new_sandbox_id
-from sandyard.server.links.nats import asks, client, server
+from sandyard.server.core.node_ops import (
+    EnsureGone,
+    EnsureRunning,
+    ReadConsole,
+    Report,
+    WithdrawWorkspace,
+)
+from sandyard.server.links.nats import client, messages, server
 from sandyard.server.links.nats import link as link_module
 from sandyard.server.links.nats.client import Inbox, RemoteNode
 from sandyard.server.links.nats.link import PREFIX, Link, NatsMessage, linked
@@ -65,15 +72,15 @@ async def test_a_server_that_dies_and_comes_back_is_found_again(nats: NatsServer
     node = FakeNode()
     async with a_node(nats, node) as there, a_control(nats) as (link, inbox):
         remote = RemoteNode(link, inbox, node.node_id)
-        await remote.ensure_running(a_wish(new_sandbox_id()))
+        await remote.do(EnsureRunning(a_wish(new_sandbox_id())))
         nats.kill()
         await until(lambda: not link.is_up)
         before = list(node.asked)
         with pytest.raises(UnavailableError):
-            await remote.ensure_running(a_wish(new_sandbox_id()))
+            await remote.do(EnsureRunning(a_wish(new_sandbox_id())))
         nats.start()
         await up(link, there)
-        assert len((await remote.report()).machines) == 1
+        assert len((await remote.do(Report())).machines) == 1
         assert node.asked == [*before, "report"]  # what could not be said is not said later
 
 
@@ -85,10 +92,10 @@ async def test_a_server_that_hangs_is_seen_to_in_seconds(nats: NatsServer) -> No
         async with asyncio.timeout(10):
             await until(lambda: not link.is_up and not there.is_up)
             with pytest.raises(UnavailableError):
-                await remote.report()
+                await remote.do(Report())
         nats.go_on()
         await up(link, there)
-        await remote.report()
+        await remote.do(Report())
 
 
 @pytest.mark.parametrize("is_up", [True, False])
@@ -117,9 +124,9 @@ async def test_a_link_ends_although_its_client_suppresses_that(
 
 
 async def test_where_nobody_listens_that_is_told_at_once(nats: NatsServer) -> None:
-    async with a_control(nats) as (link, inbox), asyncio.timeout(asks.SILENCE_S):
+    async with a_control(nats) as (link, inbox), asyncio.timeout(messages.SILENCE_S):
         with pytest.raises(UnavailableError, match="is not there"):
-            await RemoteNode(link, inbox, "nobody").report()
+            await RemoteNode(link, inbox, "nobody").do(Report())
 
 
 async def test_what_takes_long_is_waited_for_as_long_as_the_node_says_so(
@@ -131,7 +138,7 @@ async def test_what_takes_long_is_waited_for_as_long_as_the_node_says_so(
     node.gate.clear()
     async with a_node(nats, node), a_control(nats) as (link, inbox), asyncio.TaskGroup() as tasks:
         remote = RemoteNode(link, inbox, node.node_id)
-        starting = tasks.create_task(remote.ensure_running(a_wish(new_sandbox_id())))
+        starting = tasks.create_task(remote.do(EnsureRunning(a_wish(new_sandbox_id()))))
         done, _ = await asyncio.wait([starting], timeout=4)
         assert not done
         node.gate.set()
@@ -139,7 +146,7 @@ async def test_what_takes_long_is_waited_for_as_long_as_the_node_says_so(
         node.gate.clear()
         monkeypatch.setattr(f"{server.__name__}.WORKING_S", 60.0)
         with pytest.raises(DeadlineExceededError):
-            await remote.ensure_running(a_wish(new_sandbox_id()))
+            await remote.do(EnsureRunning(a_wish(new_sandbox_id())))
         node.gate.set()
 
 
@@ -150,11 +157,11 @@ async def test_a_node_that_may_not_be_changed_answers_what_only_looks(nats: Nats
     node = FakeNode()
     async with a_node(nats, node, check=check), a_control(nats) as (link, inbox):
         remote = RemoteNode(link, inbox, node.node_id)
-        await remote.report()
+        await remote.do(Report())
         for ask in (
-            remote.ensure_running(a_wish(new_sandbox_id())),
-            remote.ensure_gone(new_sandbox_id(), incarnation=1),
-            remote.withdraw("workspace"),
+            remote.do(EnsureRunning(a_wish(new_sandbox_id()))),
+            remote.do(EnsureGone(new_sandbox_id(), incarnation=1)),
+            remote.do(WithdrawWorkspace("workspace")),
         ):
             with pytest.raises(UnavailableError, match="no lease"):
                 await ask
@@ -166,13 +173,13 @@ async def test_an_answer_too_long_to_be_said_is_an_error(
 ) -> None:
     node = FakeNode()
 
-    async def long_report() -> NodeReport:
+    async def long_report(_: Report) -> NodeReport:
         return NodeReport(node.node_id, (), missing=("x" * 9 * 2**20,))
 
     monkeypatch.setattr(node, "report", long_report)
     async with a_node(nats, node), a_control(nats) as (link, inbox):
         with pytest.raises(UnavailableError, match="cannot send this"):
-            await RemoteNode(link, inbox, node.node_id).report()
+            await RemoteNode(link, inbox, node.node_id).do(Report())
 
 
 async def test_what_a_node_says_is_short_and_fit_to_be_written_down(
@@ -181,21 +188,21 @@ async def test_what_a_node_says_is_short_and_fit_to_be_written_down(
     node, long = FakeNode(), "a\0\ud800" + "x" * 2**20
     fact = MachineFact("sandbox-abcdefghijkl", 1, Phase.DEAD, reason_code="c", reason_message=long)
 
-    async def report() -> NodeReport:
+    async def report(_: Report) -> NodeReport:
         return NodeReport(node.node_id, (fact,))
 
-    async def console(sandbox_id: str) -> bytes:
+    async def console(_: ReadConsole) -> bytes:
         return b"\0" * 10_000
 
     monkeypatch.setattr(node, "report", report)
     monkeypatch.setattr(node, "console", console)
     async with a_node(nats, node), a_control(nats) as (link, inbox):
         remote = RemoteNode(link, inbox, node.node_id)
-        (heard,) = (await remote.report()).machines
+        (heard,) = (await remote.do(Report())).machines
         node.refusal = InternalError(long)
         with pytest.raises(InternalError) as failed:
-            await remote.ensure_running(a_wish(new_sandbox_id()))
-        assert await remote.console("sandbox-abcdefghijkl") == b"\0" * 10_000
+            await remote.do(EnsureRunning(a_wish(new_sandbox_id())))
+        assert await remote.do(ReadConsole("sandbox-abcdefghijkl")) == b"\0" * 10_000
     for text in (heard.reason_message, failed.value.message):
         assert text.startswith("a?x")
         assert len(text) <= 2000
@@ -216,7 +223,7 @@ async def test_what_nobody_understands_is_told_and_ends_nothing(nats: NatsServer
                     said = await came.get()
                 assert said.values["error"]["code"] == "unsupported"
         assert node.asked == []
-        await RemoteNode(link, inbox, node.node_id).report()
+        await RemoteNode(link, inbox, node.node_id).do(Report())
 
 
 # --- whoever says or hears what they may not ----------------------------------------------------
@@ -239,7 +246,7 @@ async def test_a_hostile_node_hears_nothing_and_is_heard_nowhere(nats: NatsServe
         async with linked(other):
             await up(evil, other)
             remote = RemoteNode(link, inbox, "good")
-            await remote.ensure_running(a_wish(new_sandbox_id()))
+            await remote.do(EnsureRunning(a_wish(new_sandbox_id())))
             await until(lambda: len(said) == 2)  # what was asked, and the answer
             said.clear()
             with inbox.answers() as (place, came):
@@ -321,7 +328,7 @@ def test_keys_are_written_as_nats_writes_them() -> None:
 
 def test_an_error_told_in_no_known_way_is_an_error_all_the_same() -> None:
     for told in (None, 7, {}, {"code": "nonsense", "facts": 7}):
-        assert isinstance(asks.failed(told), InternalError)
+        assert isinstance(messages.failed(told), InternalError)
     assert PREFIX == "sy.v1"
 
 

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sandyard.server.core.contracts.node import (
     MachineWish,
     Origin,
     Phase,
+    VersionFact,
     Way,
 )
 from sandyard.server.core.egress import NO_RULES, NOTHING, Egress, Policy
@@ -38,6 +38,18 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
+from sandyard.server.core.node_ops import (
+    DropStages,
+    DropVersion,
+    EnsureGone,
+    EnsurePaused,
+    EnsureRunning,
+    EnsureSnapshot,
+    FindRoom,
+    KeepVersion,
+    PrepareVersion,
+    Report,
+)
 from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.wire import Channel, encode_frame
@@ -70,7 +82,7 @@ class Held:
 
     async def facts(self) -> list[tuple[int, Phase]]:
         """Return what the node tells: incarnations and phases."""
-        return [(one.incarnation, one.phase) for one in (await self.node.report()).machines]
+        return [(one.incarnation, one.phase) for one in (await self.node.do(Report())).machines]
 
     async def run(self, wish: MachineWish, command: str) -> None:
         """Run a command."""
@@ -81,9 +93,9 @@ class Held:
     async def paused(self) -> MachineWish:
         """Bring up a machine, pause it, and return the wish to have it go on."""
         wish = a_wish(new_sandbox_id())
-        await self.node.ensure_running(wish)
+        await self.node.do(EnsureRunning(wish))
         await self.run(wish, "remember me")
-        await self.node.ensure_paused(wish.sandbox_id, incarnation=1)
+        await self.node.do(EnsurePaused(wish.sandbox_id, incarnation=1))
         return own(wish, 2)
 
 
@@ -142,7 +154,7 @@ async def test_what_starts_at_once_gets_no_more_than_there_is(tmp_path: Path) ->
         admission._margins = replace(admission._margins, memory_overcommit=1.0)
         wishes = [a_wish(new_sandbox_id()) for _ in range(8)]
         done = await asyncio.gather(
-            *(held.node.ensure_running(one) for one in wishes), return_exceptions=True
+            *(held.node.do(EnsureRunning(one)) for one in wishes), return_exceptions=True
         )
         assert sum(isinstance(one, MachineFact) for one in done) == 2
         assert sum(isinstance(one, NoCapacityError) for one in done) == 6
@@ -156,17 +168,17 @@ async def test_one_from_the_pool_may_grow_its_disk_only_by_what_there_is(
         monkeypatch.setattr(node._pool, "has", lambda *_, **__: True)  # one waits
         usual = a_wish(new_sandbox_id()).shape
         left = admission.room().disk_mib
-        assert await node.find_room("base-minimal", usual)
+        assert await node.do(FindRoom("base-minimal", usual))
         with pytest.raises(NoCapacityError, match="disk is promised"):
-            await node.find_room("base-minimal", replace(usual, disk_mib=left + 100_000))
+            await node.do(FindRoom("base-minimal", replace(usual, disk_mib=left + 100_000)))
         # What it has already is no more, however little is left to promise.
         monkeypatch.setattr(admission, "_free_disk", lambda _: admission._margins.disk_floor_mib)
         image = node._means.images.current("base-minimal")
         assert image is not None
         kind = node._goldens.kind_of(image, "base-minimal", usual)
-        assert await node.find_room("base-minimal", kind.shape)
+        assert await node.do(FindRoom("base-minimal", kind.shape))
         with pytest.raises(NoCapacityError, match="disk is promised"):
-            await node.find_room("base-minimal", replace(kind.shape, disk_mib=kind.disk_mib + 1))
+            await node.do(FindRoom("base-minimal", replace(kind.shape, disk_mib=kind.disk_mib + 1)))
 
 
 async def test_a_resume_that_comes_twice_is_done_once(
@@ -190,9 +202,9 @@ async def test_a_resume_that_comes_twice_is_done_once(
 
         monkeypatch.setattr(admission, "check", short_at_first)
         monkeypatch.setattr(held.node._pool, "give_way", give_way)
-        both = [asyncio.create_task(held.node.ensure_running(wish))]
+        both = [asyncio.create_task(held.node.do(EnsureRunning(wish)))]
         await until(lambda: asked == 1)
-        both.append(asyncio.create_task(held.node.ensure_running(wish)))
+        both.append(asyncio.create_task(held.node.do(EnsureRunning(wish))))
         await asyncio.sleep(0)
         gives_way.set()
         first, second = await asyncio.gather(*both)
@@ -221,7 +233,7 @@ async def test_the_place_of_a_paused_machine_is_given_back_however_often_that_ta
         wish = await held.paused()
         async with asyncio.timeout(10):
             await given.wait()
-        assert (await held.node.ensure_running(wish)).phase is Phase.RUNNING
+        assert (await held.node.do(EnsureRunning(wish))).phase is Phase.RUNNING
 
 
 @pytest.mark.parametrize("is_snapshot", [False, True])
@@ -230,8 +242,8 @@ async def test_a_machine_that_does_not_go_on_at_once_after_a_save_does_later(
 ) -> None:
     async with a_node(tmp_path) as held:
         wish = a_wish(new_sandbox_id())
-        await held.node.ensure_running(wish)
-        machine: Any = held.node._owners[wish.sandbox_id].resident.process.machine
+        await held.node.do(EnsureRunning(wish))
+        machine: Any = held.node._owners.find(wish.sandbox_id).resident.process.machine
         resume, asked = machine.resume, 0
 
         async def later() -> None:
@@ -250,11 +262,11 @@ async def test_a_machine_that_does_not_go_on_at_once_after_a_save_does_later(
             monkeypatch.setattr(machine, "save", fails)
         with pytest.raises(UnavailableError):
             if is_snapshot:
-                await held.node.ensure_snapshot(
-                    new_uuid(), sandbox_id=wish.sandbox_id, incarnation=1
+                await held.node.do(
+                    EnsureSnapshot(new_uuid(), sandbox_id=wish.sandbox_id, incarnation=1)
                 )
             else:
-                await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
+                await held.node.do(EnsurePaused(wish.sandbox_id, incarnation=1))
         await until(lambda: asked == 3)
         assert not await machine.is_paused()
         await held.run(wish, "hi")
@@ -265,8 +277,8 @@ async def test_a_machine_that_was_saved_meanwhile_does_not_go_on(
 ) -> None:
     async with a_node(tmp_path) as held:
         wish = a_wish(new_sandbox_id())
-        await held.node.ensure_running(wish)
-        resident = held.node._owners[wish.sandbox_id].resident
+        await held.node.do(EnsureRunning(wish))
+        resident = held.node._owners.find(wish.sandbox_id).resident
         machine: Any = resident.process.machine
         save, stop, looked, resumed = machine.save, machine.stop, asyncio.Event(), list[str]()
 
@@ -292,11 +304,11 @@ async def test_a_machine_that_was_saved_meanwhile_does_not_go_on(
         for name in ("resume", "save"):
             monkeypatch.setattr(machine, name, fails)
         with pytest.raises(UnavailableError):
-            await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
+            await held.node.do(EnsurePaused(wish.sandbox_id, incarnation=1))
         new = {"resume": goes_on, "save": save, "stop": slowly, "is_paused": stands}
         for name, work in new.items():
             monkeypatch.setattr(machine, name, work)
-        await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
+        await held.node.do(EnsurePaused(wish.sandbox_id, incarnation=1))
         assert resumed == []
 
 
@@ -307,8 +319,8 @@ async def test_what_does_not_end_keeps_nobody_else_from_being_found(
     async with a_node(tmp_path, host) as held:
         dead, lives = a_wish(new_sandbox_id()), a_wish(new_sandbox_id())
         for wish in (dead, lives):
-            await held.node.ensure_running(wish)
-        resident = held.node._owners[dead.sandbox_id].resident
+            await held.node.do(EnsureRunning(wish))
+        resident = held.node._owners.find(dead.sandbox_id).resident
         # It was noted as dead, and then the process was killed before it was buried.
         await in_thread(held.node._means.records.write, replace(resident.record, phase=Phase.DEAD))
 
@@ -318,7 +330,7 @@ async def test_what_does_not_end_keeps_nobody_else_from_being_found(
     end = Resident.end
     monkeypatch.setattr(Resident, "end", stuck)
     async with a_node(tmp_path, host) as again:
-        facts = {one.sandbox_id: one.phase for one in (await again.node.report()).machines}
+        facts = {one.sandbox_id: one.phase for one in (await again.node.do(Report())).machines}
         assert facts == {dead.sandbox_id: Phase.DEAD, lives.sandbox_id: Phase.RUNNING}
         monkeypatch.setattr(Resident, "end", end)
     end_all(host)
@@ -339,9 +351,9 @@ async def test_a_create_does_not_outlive_its_delete_nor_pass_for_another(
 
         monkeypatch.setattr(drivers, "choose", slow)
         wish = a_wish(new_sandbox_id())
-        late = asyncio.create_task(held.node.ensure_running(wish))
+        late = asyncio.create_task(held.node.do(EnsureRunning(wish)))
         await until(lambda: asked == 1)
-        await held.node.ensure_gone(wish.sandbox_id, incarnation=1)
+        await held.node.do(EnsureGone(wish.sandbox_id, incarnation=1))
         gate.set()
         with pytest.raises(ConflictError):
             await late
@@ -349,7 +361,7 @@ async def test_a_create_does_not_outlive_its_delete_nor_pass_for_another(
         gate.clear()
         wish = a_wish(new_sandbox_id())
         both = [
-            asyncio.create_task(held.node.ensure_running(replace(wish, incarnation=one)))
+            asyncio.create_task(held.node.do(EnsureRunning(replace(wish, incarnation=one))))
             for one in (1, 2)
         ]
         await until(lambda: asked == 2)
@@ -361,8 +373,8 @@ async def test_a_create_does_not_outlive_its_delete_nor_pass_for_another(
 async def test_however_many_have_it_removed_all_are_told_that_it_is(tmp_path: Path) -> None:
     async with a_node(tmp_path) as held:
         wish = a_wish(new_sandbox_id())
-        await held.node.ensure_running(wish)
-        gone = [held.node.ensure_gone(wish.sandbox_id, incarnation=1) for _ in range(5)]
+        await held.node.do(EnsureRunning(wish))
+        gone = [held.node.do(EnsureGone(wish.sandbox_id, incarnation=1)) for _ in range(5)]
         await asyncio.gather(*gone)
         assert await held.facts() == []
 
@@ -370,14 +382,14 @@ async def test_however_many_have_it_removed_all_are_told_that_it_is(tmp_path: Pa
 async def test_a_removal_spares_a_later_incarnation_that_begins_meanwhile(tmp_path: Path) -> None:
     async with a_node(tmp_path, save_delay_s=5) as held:
         wish, later = a_wish(new_sandbox_id()), list[asyncio.Task[MachineFact]]()
-        await held.node.ensure_running(wish)
-        machine, owner = held.machine, held.node._owners[wish.sandbox_id]
-        pausing = asyncio.create_task(held.node.ensure_paused(wish.sandbox_id, incarnation=1))
+        await held.node.do(EnsureRunning(wish))
+        machine, owner = held.machine, held.node._owners.find(wish.sandbox_id)
+        pausing = asyncio.create_task(held.node.do(EnsurePaused(wish.sandbox_id, incarnation=1)))
         await until(lambda: machine.is_saving)
         assert owner._job is not None
-        second = held.node.ensure_running(replace(wish, incarnation=2))
+        second = held.node.do(EnsureRunning(replace(wish, incarnation=2)))
         owner._job.task.add_done_callback(lambda _: later.append(asyncio.create_task(second)))
-        await held.node.ensure_gone(wish.sandbox_id, incarnation=1)
+        await held.node.do(EnsureGone(wish.sandbox_id, incarnation=1))
         with pytest.raises(ConflictError):
             await pausing
         assert (await later[0]).incarnation == 2
@@ -393,13 +405,13 @@ async def test_a_machine_that_is_held_says_why_and_what_it_said_before_comes_bac
     host = FakeHost()
     async with a_node(tmp_path, host) as held:
         wish = a_wish(new_sandbox_id())
-        await held.node.ensure_running(wish)
+        await held.node.do(EnsureRunning(wish))
         wish = replace(wish, incarnation=2, origin=Origin.DISK)
-        await held.node.ensure_running(wish)
-        owner = held.node._owners[wish.sandbox_id]
+        await held.node.do(EnsureRunning(wish))
+        owner = held.node._owners.find(wish.sandbox_id)
 
         async def reason() -> str:
-            (fact,) = (await held.node.report()).machines
+            (fact,) = (await held.node.do(Report())).machines
             assert fact.phase is Phase.RUNNING
             return fact.reason_code
 
@@ -407,20 +419,20 @@ async def test_a_machine_that_is_held_says_why_and_what_it_said_before_comes_bac
         await owner.hold(HELD)
         assert (owner.phase, await reason()) == (Phase.HELD, "host_disk_full")
         for refused in (
-            held.node.ensure_paused(wish.sandbox_id, incarnation=2),
-            held.node.ensure_snapshot(new_uuid(), sandbox_id=wish.sandbox_id, incarnation=2),
+            held.node.do(EnsurePaused(wish.sandbox_id, incarnation=2)),
+            held.node.do(EnsureSnapshot(new_uuid(), sandbox_id=wish.sandbox_id, incarnation=2)),
         ):
             with pytest.raises(NoCapacityError, match="disk is nearly full"):
                 await refused
         assert held.machine.is_held
         # What a node believed lost is taken over as it stands.
-        await held.node.ensure_running(own(wish, 3))
+        await held.node.do(EnsureRunning(own(wish, 3)))
         assert (owner.incarnation, owner.phase) == (3, Phase.HELD)
     # Another process decides anew: it lets the machine run.
     async with a_node(tmp_path, host) as again:
         assert await again.facts() == [(3, Phase.RUNNING)]
         await until(lambda: not again.machine.is_held)
-        (fact,) = (await again.node.report()).machines
+        (fact,) = (await again.node.do(Report())).machines
         assert fact.reason_code == "restarted_from_disk"
     end_all(host)
 
@@ -428,10 +440,10 @@ async def test_a_machine_that_is_held_says_why_and_what_it_said_before_comes_bac
 async def test_what_adopted_machines_use_is_counted_at_once(tmp_path: Path) -> None:
     host = FakeHost()
     async with a_node(tmp_path, host) as held:
-        await held.node.ensure_running(a_wish(new_sandbox_id()))
+        await held.node.do(EnsureRunning(a_wish(new_sandbox_id())))
         held.machine.spec.disk.write_bytes(bytes(30 * 2**20))
     async with a_node(tmp_path, host) as again:
-        (owner,) = again.node._owners.values()
+        (owner,) = again.node._owners.all()
         left = owner.promise.disk_mib - again.node._ledger.totals().disk_left_mib
         assert left == owner.used_mib >= 30
     end_all(host)
@@ -443,7 +455,7 @@ async def test_what_adopted_machines_use_is_counted_at_once(tmp_path: Path) -> N
 async def test_nothing_is_opened_in_a_later_incarnation_than_was_meant(tmp_path: Path) -> None:
     async with a_node(tmp_path) as held:
         wish = await held.paused()
-        await held.node.ensure_running(wish)
+        await held.node.do(EnsureRunning(wish))
         with pytest.raises(NotFoundError):
             await held.run(replace(wish, incarnation=1), "write harm")
         await held.run(wish, "write well")
@@ -453,9 +465,9 @@ async def test_nothing_is_opened_in_a_later_incarnation_than_was_meant(tmp_path:
 async def test_a_pause_whose_machine_dies_meanwhile_has_failed(tmp_path: Path) -> None:
     async with a_node(tmp_path, save_delay_s=0.1) as held:
         wish = a_wish(new_sandbox_id())
-        await held.node.ensure_running(wish)
+        await held.node.do(EnsureRunning(wish))
         machine = held.machine
-        pausing = asyncio.create_task(held.node.ensure_paused(wish.sandbox_id, incarnation=1))
+        pausing = asyncio.create_task(held.node.do(EnsurePaused(wish.sandbox_id, incarnation=1)))
         await until(lambda: machine.is_saving)
         machine.die()
         machine.close()
@@ -471,11 +483,11 @@ async def test_what_failed_before_is_not_told_to_who_asks_for_what_is_there(
 ) -> None:
     async with a_node(tmp_path) as held:
         wish = a_wish(new_sandbox_id())
-        await held.node.ensure_running(wish)
+        await held.node.do(EnsureRunning(wish))
         held.conduct.has_room_to_save = False
         with pytest.raises(NoCapacityError):
-            await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
-        assert (await held.node.ensure_running(wish)).phase is Phase.RUNNING
+            await held.node.do(EnsurePaused(wish.sandbox_id, incarnation=1))
+        assert (await held.node.do(EnsureRunning(wish))).phase is Phase.RUNNING
 
 
 async def test_a_disk_that_is_full_while_a_machine_is_held_is_told_as_that(
@@ -483,14 +495,14 @@ async def test_a_disk_that_is_full_while_a_machine_is_held_is_told_as_that(
 ) -> None:
     async with a_node(tmp_path) as held:
         wish = a_wish(new_sandbox_id())
-        await held.node.ensure_running(wish)
+        await held.node.do(EnsureRunning(wish))
 
         async def full() -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(held.machine, "pause", full)
         with pytest.raises(NoCapacityError, match="disk is full"):
-            await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
+            await held.node.do(EnsurePaused(wish.sandbox_id, incarnation=1))
         assert await held.facts() == [(1, Phase.RUNNING)]
 
 
@@ -536,7 +548,7 @@ async def test_who_takes_a_machine_of_the_pool_finds_a_connection_to_it_open(
 
         with monkeypatch.context() as cut_off:
             cut_off.setattr(held.node._means.network, "dial", fail)
-            fact = await held.node.ensure_running(wish)
+            fact = await held.node.do(EnsureRunning(wish))
         assert (fact.phase, fact.way) == (Phase.RUNNING, Way.POOL)
 
 
@@ -591,12 +603,12 @@ async def test_a_resume_that_a_kill_broke_off_is_done_when_it_is_asked_again(
             await withdraw(body)
 
         monkeypatch.setattr(Body, "withdraw", killed_here)
-        await held.node.ensure_running(wish)
+        await held.node.do(EnsureRunning(wish))
         monkeypatch.undo()
     end_all(host)
     async with a_node(left, host) as held:
         assert await held.facts() == [(1, Phase.PAUSED)]
-        assert (await held.node.ensure_running(wish)).way is Way.RESUME
+        assert (await held.node.do(EnsureRunning(wish))).way is Way.RESUME
         await held.run(wish, "recall")
     end_all(host)
 
@@ -605,15 +617,15 @@ async def test_a_node_that_was_killed_still_knows_what_it_was_asked_last(tmp_pat
     home, left, host = tmp_path / "h", tmp_path / "k", FakeHost()
     async with a_node(home, host) as held:
         wish = await held.paused()
-        await held.node.ensure_running(replace(wish, version=3))
-        await held.node.ensure_paused(wish.sandbox_id, incarnation=2, version=4)
+        await held.node.do(EnsureRunning(replace(wish, version=3)))
+        await held.node.do(EnsurePaused(wish.sandbox_id, incarnation=2, version=4))
         as_killed(home, left)
     async with a_node(left, host) as held:
         late = replace(wish, incarnation=3, version=3)
         with pytest.raises(ConflictError):
-            await held.node.ensure_running(late)
+            await held.node.do(EnsureRunning(late))
         assert await held.facts() == [(2, Phase.PAUSED)]
-        await held.node.ensure_running(replace(late, version=5))
+        await held.node.do(EnsureRunning(replace(late, version=5)))
     end_all(host)
 
 
@@ -623,31 +635,31 @@ async def test_a_restart_that_a_kill_broke_off_is_done_when_it_is_asked_again(
     home, left, host = tmp_path / "h", tmp_path / "k", FakeHost()
     async with a_node(home, host) as held:
         wish = a_wish(new_sandbox_id())
-        await held.node.ensure_running(wish)
+        await held.node.do(EnsureRunning(wish))
         end_all(host)
         async with asyncio.timeout(5):
             while await held.facts() != [(1, Phase.DEAD)]:
                 await asyncio.sleep(0.01)
         held.conduct.is_ready = False
-        starting = asyncio.create_task(held.node.ensure_running(own(wish, 2)))
+        starting = asyncio.create_task(held.node.do(EnsureRunning(own(wish, 2))))
         (record,) = home.glob("machines/*/resident.json")
         await until(lambda: json.loads(record.read_text())["handle"] is not None)
         as_killed(home, left)
-        await held.node.ensure_gone(wish.sandbox_id, incarnation=2)
+        await held.node.do(EnsureGone(wish.sandbox_id, incarnation=2))
         with pytest.raises(ConflictError):
             await starting
     async with a_node(left, host) as held:
         assert await held.facts() == [(1, Phase.DEAD)]
         (record,) = left.glob("machines/*/resident.json")
         assert json.loads(record.read_text())["handle"] is None
-        assert (await held.node.ensure_running(own(wish, 2))).way is Way.RESTART
+        assert (await held.node.do(EnsureRunning(own(wish, 2)))).way is Way.RESTART
     end_all(host)
 
 
 async def test_a_machine_that_dies_before_anybody_woke_it_is_dead(tmp_path: Path) -> None:
     home, host = tmp_path / "h", FakeHost()
     async with a_node(home, host) as held:
-        await held.node.ensure_running(a_wish(new_sandbox_id()))
+        await held.node.do(EnsureRunning(a_wish(new_sandbox_id())))
     (record,) = home.glob("machines/*/resident.json")
     record.write_text(json.dumps({**json.loads(record.read_text()), "phase": "waking"}))
     async with a_node(home, host) as held:
@@ -690,19 +702,18 @@ async def test_what_a_version_starts_obeys_the_rules_of_its_build(
             seen.append(policy)
             await restrict(place, policy, **how)
 
-        await node.ensure_running(wish)
+        await node.do(EnsureRunning(wish))
         await write(held, wish, b"/root.erofs", ROOT)
-        keep = partial(node.keep_version, wish.sandbox_id, incarnation=1, about=about)
-        fact = await keep(path="/root.erofs", size_max=10**6)
+        fact = await node.do(KeepVersion(wish.sandbox_id, 1, "/root.erofs", about, 10**6))
         monkeypatch.setattr(network, "restrict", noted)
-        await node.prepare_version(fact.name)
+        await node.do(PrepareVersion(fact.name))
         assert expected in seen, "the golden machine"
         others = [
             replace(a_wish(new_sandbox_id()), template=fact.name, shape=about.defaults)
             for _ in range(5)
         ]
         for one in others:
-            await node.ensure_running(one)
+            await node.do(EnsureRunning(one))
 
         def waiting() -> list[Resident]:
             shelves = node._pool._shelves.values()
@@ -713,14 +724,14 @@ async def test_what_a_version_starts_obeys_the_rules_of_its_build(
         (target,) = (one.target for one in node._pool.facts() if one.template == fact.name)
         assert target == 1, "however many were requested"
         claimed = replace(others[0], sandbox_id=new_sandbox_id())
-        started = await node.ensure_running(claimed)
+        started = await node.do(EnsureRunning(claimed))
         assert started.way is Way.POOL
         assert NO_RULES in seen, "the sandbox's own"
         shipped = [one.record.policy for two in node._pool._shelves.values()
                    for one in two.members if "@" not in two.kind.template]  # fmt: skip
         assert set(shipped) <= {NO_RULES}
         for one in (wish, *others, claimed):
-            await node.ensure_gone(one.sandbox_id, incarnation=one.incarnation)
+            await node.do(EnsureGone(one.sandbox_id, incarnation=one.incarnation))
 
 
 async def test_a_file_of_a_machine_becomes_a_version_that_others_start_from(tmp_path: Path) -> None:
@@ -728,43 +739,46 @@ async def test_a_file_of_a_machine_becomes_a_version_that_others_start_from(tmp_
     about = VersionAbout("mine", "Alpine", "headless", shape, {"A": "1"}, build_id="b")
     async with a_node(tmp_path) as held:
         node, wish = held.node, a_wish(new_sandbox_id())
-        await node.ensure_running(wish)
+        await node.do(EnsureRunning(wish))
         await write(held, wish, b"/root.erofs", ROOT)
         await write(held, wish, b"/other", b"no file system")
-        keep = partial(node.keep_version, wish.sandbox_id, incarnation=1, about=about)
+
+        async def keep(path: str, size_max: int) -> VersionFact:
+            return await node.do(KeepVersion(wish.sandbox_id, 1, path, about, size_max))
+
         with pytest.raises(NotFoundError):
             await keep(path="/absent", size_max=10**6)
         for path, size_max in (("/other", 10**6), ("/root.erofs", 100)):
             with pytest.raises(InvalidArgumentError):
                 await keep(path=path, size_max=size_max)
-        assert (await node.report()).versions == ()
+        assert (await node.do(Report())).versions == ()
         fact = await keep(path="/root.erofs", size_max=10**6)
         assert fact == await keep(path="/root.erofs", size_max=10**6)
         assert fact.size_bytes == len(ROOT)
-        report = await node.report()
+        report = await node.do(Report())
         assert report.versions == (fact.name,)
         assert report.view().has(fact.name)
         assert not report.view().has("mine@0")
-        await node.prepare_version(fact.name)
+        await node.do(PrepareVersion(fact.name))
         with pytest.raises(NotFoundError):
-            await node.prepare_version("mine@0")
+            await node.do(PrepareVersion("mine@0"))
 
         other = replace(a_wish(new_sandbox_id()), template=fact.name, shape=about.defaults)
-        await node.ensure_running(other)
-        await node.drop_stages("another", but=())
-        await node.drop_stages("b", but=(fact.name,))
-        assert (await node.report()).versions == (fact.name,)
-        await node.drop_stages("b", but=())
-        await node.drop_version(fact.name)
-        assert (await node.report()).versions == ()
+        await node.do(EnsureRunning(other))
+        await node.do(DropStages("another", but=()))
+        await node.do(DropStages("b", but=(fact.name,)))
+        assert (await node.do(Report())).versions == (fact.name,)
+        await node.do(DropStages("b", but=()))
+        await node.do(DropVersion(fact.name))
+        assert (await node.do(Report())).versions == ()
         with pytest.raises(NotFoundError):
-            await node.ensure_running(replace(other, sandbox_id=new_sandbox_id()))
+            await node.do(EnsureRunning(replace(other, sandbox_id=new_sandbox_id())))
         # What was started of it goes on, and over a pause.
-        await node.ensure_paused(other.sandbox_id, incarnation=1)
-        await node.ensure_running(replace(own(other, 2)))
+        await node.do(EnsurePaused(other.sandbox_id, incarnation=1))
+        await node.do(EnsureRunning(replace(own(other, 2))))
         for one in (wish, replace(other, incarnation=2)):
-            await node.ensure_gone(one.sandbox_id, incarnation=one.incarnation)
-        await node.drop_version(fact.name)
+            await node.do(EnsureGone(one.sandbox_id, incarnation=one.incarnation))
+        await node.do(DropVersion(fact.name))
         assert list((tmp_path / "versions/images").iterdir()) == []
 
 
@@ -783,7 +797,7 @@ async def test_a_machine_whose_record_cannot_be_written_at_last_is_none(
         with monkeypatch.context() as patch:
             patch.setattr(held.node._means.records, "write", full)
             with pytest.raises(NoCapacityError, match="disk is full"):
-                await held.node.ensure_running(wish)
+                await held.node.do(EnsureRunning(wish))
         assert (await held.facts(), held.host.machines) == ([], {})
-        assert (await held.node.ensure_running(wish)).phase is Phase.RUNNING
+        assert (await held.node.do(EnsureRunning(wish))).phase is Phase.RUNNING
         assert [one.phase for one in held.node._means.records.all()] == [Phase.RUNNING]

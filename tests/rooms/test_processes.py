@@ -13,6 +13,7 @@ from tests.support.house import Yard, eventually, open_yard
 from tests.support.several import open_several
 
 from sandyard.server.api import events
+from sandyard.server.core.node_ops import Report
 from sandyard.server.drivers.fake_programs import KEPT
 
 
@@ -261,7 +262,7 @@ async def test_a_stream_ends_with_the_key_that_opened_it(
 
 
 async def is_unused(yard: Yard, box: Mapping[str, object]) -> bool:
-    machines = (await yard.house.node.report()).machines
+    machines = (await yard.house.node.do(Report())).machines
     return not any(one.is_used for one in machines if one.sandbox_id == box["id"])
 
 

@@ -29,6 +29,7 @@ from sandyard.server.core.errors import (
     PayloadTooLargeError,
 )
 from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.node_ops import EnsureRunning, PrepareVersion
 from sandyard.server.core.records import Build, BuildStatus, Upload
 from sandyard.server.links.sql.seal import Seal
 from sandyard.server.service.builds import building, cache, recipes
@@ -410,7 +411,7 @@ async def test_a_command_that_floods_its_log_ends_the_build(
 
 
 async def test_a_template_that_never_gets_ready_is_no_version(site: Site) -> None:
-    async def never(_: str) -> None:
+    async def never(_: PrepareVersion) -> None:
         raise ConflictError("the template's `ready` did not succeed within 120 s")
 
     site.desk.node.prepare_version = never  # type: ignore[assignment, method-assign]
@@ -475,10 +476,10 @@ async def test_what_is_kept_and_does_not_start_is_done_again(site: Site) -> None
     await site.ended(await site.build(wish))
     node, start = site.desk.node, site.desk.node.ensure_running
 
-    async def refuse(wish: Any) -> Any:
-        if wish.origin is Origin.SNAPSHOT:
+    async def refuse(asked: EnsureRunning) -> Any:
+        if asked.wish.origin is Origin.SNAPSHOT:
             raise ConflictError("cannot start this: the snapshot is damaged")
-        return await start(wish)
+        return await start(asked)
 
     node.ensure_running = refuse  # type: ignore[method-assign]
     site.works.commands.clear()

@@ -25,6 +25,7 @@ from sandyard.server.core.errors import (
     NotFoundError,
     UnavailableError,
 )
+from sandyard.server.core.node_ops import DropVersion
 from sandyard.server.core.records import VersionKey
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.builds.copies import Copies
@@ -44,7 +45,7 @@ class Hosts:
     """Nodes with what each has, and the tunnels to them."""
 
     facts: Mapping[str, tuple[TemplateFact, ...]] = field(default_factory=dict)
-    has: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    told: dict[str, tuple[str, ...]] = field(default_factory=dict)
     versions: list[VersionKey] = field(default_factory=list)
     drained: frozenset[str] = frozenset()
     away: frozenset[str] = frozenset()
@@ -64,13 +65,19 @@ class Hosts:
         return node_id not in self.drained
 
     def last_view(self, node_id: str) -> tuple[float, NodeView]:
-        told = NodeReport(node_id, (), templates=("base",), versions=self.has.get(node_id, ()))
+        told = NodeReport(node_id, (), templates=("base",), versions=self.told.get(node_id, ()))
         return 0.0, told.view()
 
-    def get(self, node_id: str) -> str:
-        return node_id
+    def has(self, node_id: str) -> bool:
+        return node_id in self.facts
 
-    async def report_of(self, node: str) -> None: ...
+    def get(self, node_id: str) -> Any:
+        async def do(operation: DropVersion) -> None:
+            self.dropped.append((node_id, operation.version))
+
+        return SimpleNamespace(do=do)
+
+    async def report_of(self, node: object) -> None: ...
 
     async def by_node(self) -> Mapping[str, tuple[TemplateFact, ...]]:
         return self.facts
@@ -113,12 +120,6 @@ class Hosts:
 
         yield SimpleNamespace(duties=SimpleNamespace(take=take))
 
-    def node(self, node_id: str) -> Any:
-        async def drop_version(name: str) -> None:
-            self.dropped.append((node_id, name))
-
-        return SimpleNamespace(drop_version=drop_version)
-
 
 class _Stream:
     def __init__(self, data: bytes) -> None:
@@ -150,7 +151,7 @@ def copies_of(hosts: Hosts, clock: DrivenClock) -> Copies:
         server_id="s", store=hosts, bus=None, clock=clock, nodes=hosts, tunnel=hosts,
         templates=SimpleNamespace(shipped=hosts),
     )  # fmt: skip
-    return Copies(platform, {one: hosts.node(one) for one in hosts.facts})
+    return Copies(platform)
 
 
 async def test_nodes_that_lack_a_template_receive_the_newest_that_was_built() -> None:
@@ -190,7 +191,7 @@ async def test_a_node_that_gives_something_else_changes_nothing(lie: dict[str, s
 async def test_a_version_goes_to_every_node_from_any_that_has_it() -> None:
     facts = {one: (READY,) for one in ("here", "also", "lacks", "full")}
     hosts = Hosts(
-        facts, has={"here": (NAME,), "also": (NAME,)}, versions=[VERSION],
+        facts, told={"here": (NAME,), "also": (NAME,)}, versions=[VERSION],
         drained=frozenset({"full"}),
     )  # fmt: skip
     assert await look(hosts) == [(NAME, "here", "lacks")]

@@ -9,6 +9,7 @@ from tests.support.nodes import FakeNode
 
 from sandyard.server.core.contracts.node import VIEW_MAX, GoldenFact, NodeView, ShelfFact
 from sandyard.server.core.errors import NoCapacityError
+from sandyard.server.core.node_ops import Report
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.placement import Placement
@@ -84,7 +85,7 @@ async def test_a_heartbeat_without_room_for_all_versions_is_completed_by_a_repor
     every = (*(f"a@{number:016x}00000000" for number in range(5000)), "zz@" + "f" * 24)
     one = yard.fakes["one"]
     one.templates_ready += every
-    view = (await one.report()).view().within(VIEW_MAX)
+    view = (await one.do(Report())).view().within(VIEW_MAX)
     assert not view.has(every[-1])
     assert view.has(every[0])
     assert view.is_unsure_of(every[-1])

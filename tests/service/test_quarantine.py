@@ -21,6 +21,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.node_ops import EnsurePaused, FindMachine, FindSnapshot
 from sandyard.server.core.records import (
     Mount,
     Quarantined,
@@ -118,7 +119,7 @@ async def test_an_adopted_sandbox_keeps_its_desktop(desk: Desk) -> None:
 async def test_a_sandbox_whose_rules_are_not_known_is_adopted_without_a_network(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refuses(_: str) -> None:
+    async def refuses(_: FindMachine) -> None:
         raise OtherVersionError("the node is of an earlier version")
 
     monkeypatch.setattr(desk.node, "find_machine", refuses)
@@ -193,7 +194,7 @@ async def test_a_stranger_whose_row_comes_back_is_none_any_more(desk: Desk) -> N
 async def test_a_stranger_that_cannot_be_saved_runs_on_and_is_not_adopted(
     desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def full(sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
+    async def full(_: EnsurePaused) -> int:
         raise NoCapacityError("the host's disk is full")
 
     monkeypatch.setattr(desk.node, "ensure_paused", full)
@@ -284,7 +285,7 @@ async def test_a_snapshots_time_in_quarantine_comes_to_an_end(desk: Desk) -> Non
 async def test_a_snapshot_that_cannot_be_read_is_kept_and_can_be_deleted(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def damaged(snapshot_id: str) -> SnapshotFact:
+    async def damaged(_: FindSnapshot) -> SnapshotFact:
         raise DamagedError("cannot use what was saved: its manifest was altered")
 
     monkeypatch.setattr(desk.node, "find_snapshot", damaged)
@@ -301,11 +302,11 @@ async def test_a_snapshot_that_cannot_be_asked_for_now_is_asked_for_again(
 ) -> None:
     real, asked = desk.node.find_snapshot, list[str]()
 
-    async def slow(snapshot_id: str) -> SnapshotFact:
-        asked.append(snapshot_id)
+    async def slow(wanted: FindSnapshot) -> SnapshotFact:
+        asked.append(wanted.snapshot_id)
         if len(asked) < 4:
             raise UnavailableError("the node does not answer")
-        return await real(snapshot_id)
+        return await real(wanted)
 
     monkeypatch.setattr(desk.node, "find_snapshot", slow)
     _, (one,) = await snapshot_strangers(desk, 1)

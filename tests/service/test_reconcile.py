@@ -14,7 +14,7 @@ from tests.support.clock import DrivenClock
 from tests.support.desk import Desk, still, until
 from tests.support.nodes import FakeNode, Machine, a_wish
 
-from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase, TemplateFact
+from sandyard.server.core.contracts.node import MachineFact, Phase, TemplateFact
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import (
     ConflictError,
@@ -26,6 +26,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_sandbox_id
+from sandyard.server.core.node_ops import EnsureGone, EnsureRunning, ListTemplates, Report
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import Event, Status
@@ -469,8 +470,8 @@ async def test_of_a_template_that_nodes_tell_otherwise_most_decide_and_then_the_
     told = dict.fromkeys(three.nodes, Shape(1, 512, 1024))
     templates = FakeNode.templates
 
-    async def as_told(node: FakeNode) -> tuple[TemplateFact, ...]:
-        found = await templates(node)
+    async def as_told(node: FakeNode, asked: ListTemplates) -> tuple[TemplateFact, ...]:
+        found = await templates(node, asked)
         return tuple(replace(one, defaults=told[node.node_id]) for one in found)
 
     monkeypatch.setattr(FakeNode, "templates", as_told)
@@ -554,7 +555,7 @@ async def test_a_node_that_hangs_is_as_one_that_is_silent(three: Desk) -> None:
     await three.drive(4)
     lost = await three.create(idle_timeout=0)
 
-    async def hang() -> None:
+    async def hang(_: Report) -> None:
         await asyncio.Event().wait()
 
     three.nodes["a"].report = hang  # type: ignore[assignment,method-assign]
@@ -597,7 +598,7 @@ async def test_what_a_node_brought_up_although_it_was_given_up_goes_when_it_answ
     assert moved.node_id != "a"
     three.nodes["a"].is_silent = False
     three.nodes["a"].refusal = None
-    await three.nodes["a"].ensure_running(a_wish(box.id, 1))
+    await three.nodes["a"].do(EnsureRunning(a_wish(box.id, 1)))
     await three.drive(8)
     assert three.nodes["a"].machines == {}
     assert three.machine(box).phase is Phase.RUNNING
@@ -693,7 +694,7 @@ async def test_a_start_that_its_node_refuses_goes_to_another_at_a_pace(
         other.room = 5
     asked = 0
 
-    async def refuses(wish: MachineWish) -> MachineFact:
+    async def refuses(_: EnsureRunning) -> MachineFact:
         nonlocal asked
         asked += 1
         raise NoCapacityError("cannot place one more machine: all slots are in use")
@@ -809,7 +810,7 @@ async def test_where_the_database_went_back_sandboxes_can_be_paused_resumed_and_
     await sandboxes.delete(desk.actor, gone.id, wait=False)
     await desk.until(gone, Status.DESTROYED)
     desk.restore()
-    shown = {one.sandbox_id: one.version for one in (await desk.node.report()).machines}
+    shown = {one.sandbox_id: one.version for one in (await desk.node.do(Report())).machines}
     for box in (up, saved):
         assert (await desk.get(box)).version < shown[box.id]
     await desk.drive(4)
@@ -932,7 +933,7 @@ async def test_what_a_node_says_of_sizes_is_believed_as_far_as_it_can_be(
 async def test_what_cannot_end_keeps_nothing_from_starting(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def hangs(sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
+    async def hangs(_: EnsureGone) -> None:
         await asyncio.Event().wait()
 
     boxes = [await desk.create(idle_timeout=0) for _ in range(70)]
@@ -954,7 +955,7 @@ async def test_a_node_that_invents_machines_keeps_nobody_busy(
     box = await desk.create(idle_timeout=0)
     waiting = 0
 
-    async def hangs(sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
+    async def hangs(_: EnsureGone) -> None:
         nonlocal waiting
         waiting += 1
         await asyncio.Event().wait()

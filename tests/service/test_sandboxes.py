@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.support.desk import Desk, member_of, open_desk, still, until
 
-from sandyard.server.core.contracts.node import Connection, MachineFact, MachineWish, Phase
+from sandyard.server.core.contracts.node import Connection, MachineFact, Phase
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.egress import NO_RULES, Egress, Injection, Policy
 from sandyard.server.core.errors import (
@@ -25,6 +25,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.node_ops import EnsureRunning, Report
 from sandyard.server.core.records import ActivityQuery, Sandbox, Snapshot
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.networks import Networks
@@ -135,7 +136,7 @@ async def test_one_that_died_before_anybody_could_use_it_is_started_again(tmp_pa
         await desk.kill()
         nodes, clock = desk.nodes, desk.clock
     nodes["fake"].gate.set()
-    await nodes["fake"].ensure_running(wish_for(box))
+    await nodes["fake"].do(EnsureRunning(wish_for(box)))
     nodes["fake"].die(box.id)
     async with open_desk(tmp_path, nodes=nodes, clock=clock) as desk:
         again = await desk.until(box, Status.RUNNING)
@@ -712,9 +713,9 @@ async def test_an_answer_that_is_lost_is_found_in_the_report(
     await desk.services.sandboxes.pause(desk.actor, box.id)
     ensure_running, node = desk.node.ensure_running, desk.node
 
-    async def loses_it(wish: MachineWish) -> MachineFact:
+    async def loses_it(asked: EnsureRunning) -> MachineFact:
         monkeypatch.undo()
-        await ensure_running(wish)
+        await ensure_running(asked)
         raise UnavailableError("the connection to the node broke")
 
     monkeypatch.setattr(node, "ensure_running", loses_it)
@@ -967,8 +968,8 @@ async def test_a_node_of_an_earlier_version_starts_nothing_that_has_rules(
 ) -> None:
     report = desk.node.report
 
-    async def earlier() -> Any:
-        return replace(await report(), enforces_rules=False)
+    async def earlier(asked: Report) -> Any:
+        return replace(await report(asked), enforces_rules=False)
 
     monkeypatch.setattr(desk.node, "report", earlier)
     made = await desk.services.creation.create(

@@ -191,7 +191,6 @@ async def open_desk(
                 metrics=Metrics(version="0"),
                 version="0",
                 pace=pace,
-                versions=own if has_versions else None,
             ) as control,
             asyncio.TaskGroup() as tasks,
         ):

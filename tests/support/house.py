@@ -213,8 +213,9 @@ async def assert_counted(house: House) -> None:
     """Fail if resources are reserved for other machines than there are, or sums are wrong."""
     assert isinstance(house.node, Node)
     counted = {one for one in house.node._ledger.everyone if isinstance(one, Owner)}
-    assert counted == set(house.node._owners.values())
-    assert set(house.node._users) <= set(house.node._owners.values())
+    owners = house.node._owners
+    assert counted == set(owners.all())
+    assert set(owners._users) <= counted
     await assert_added_up(house.store)
 
 

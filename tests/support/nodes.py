@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import decode, encode
@@ -20,6 +20,7 @@ from sandyard.server.core.contracts.node import (
     MachineRef,
     MachineWish,
     NodeControl,
+    NodeOperation,
     NodeReport,
     NodeTunnel,
     Opened,
@@ -44,9 +45,31 @@ from sandyard.server.core.errors import (
     error_of,
     kind_of,
 )
-from sandyard.server.core.records import Mount, VersionAbout
+from sandyard.server.core.node_ops import (
+    DropSnapshot,
+    DropStages,
+    DropVersion,
+    EnsureGone,
+    EnsureNetwork,
+    EnsurePaused,
+    EnsureRunning,
+    EnsureSnapshot,
+    FindMachine,
+    FindRoom,
+    FindSnapshot,
+    KeepVersion,
+    ListTemplates,
+    PrepareVersion,
+    ReadConsole,
+    ReadJournal,
+    Report,
+    WithdrawWorkspace,
+)
+from sandyard.server.core.ops import AnswerT
+from sandyard.server.core.records import Mount
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.fake import ECHO_PORT
+from sandyard.server.links.nats import messages
 from sandyard.server.node.generation import Generation
 
 _T = TypeVar("_T")
@@ -118,9 +141,18 @@ class FakeNode:
         """See core.contracts.node.NodeControl.node_id."""
         return self._node_id
 
-    async def ensure_running(self, wish: MachineWish) -> MachineFact:
-        """See core.contracts.node.NodeControl.ensure_running."""
-        self._answer("ensure_running")
+    async def do(self, operation: NodeOperation[AnswerT]) -> AnswerT:
+        """See core.contracts.node.NodeControl.do. Each operation has a method of the name by which
+        it is sent, which a test may replace."""
+        self._answer(operation.op)
+        if isinstance(operation, WithdrawWorkspace):
+            return cast("AnswerT", None)  # nothing has any mounted
+        answer: AnswerT = await getattr(self, operation.op)(operation)
+        return answer
+
+    async def ensure_running(self, asked: EnsureRunning) -> MachineFact:
+        """See core.node_ops.EnsureRunning."""
+        wish = asked.wish
         async with self._starting.setdefault(wish.sandbox_id, asyncio.Lock()):
             self._show(wish.sandbox_id, wish.version)
             machine = self.machines.get(wish.sandbox_id)
@@ -189,9 +221,9 @@ class FakeNode:
         """Say of a sandbox that a wish of this version has been here."""
         self._versions[sandbox_id] = version
 
-    async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
-        """See core.contracts.node.NodeControl.ensure_paused."""
-        self._answer("ensure_paused")
+    async def ensure_paused(self, asked: EnsurePaused) -> int:
+        """See core.node_ops.EnsurePaused."""
+        sandbox_id, incarnation, version = asked.sandbox_id, asked.incarnation, asked.version
         self._show(sandbox_id, version)
         machine = self._known(sandbox_id, incarnation)
         if machine.phase is Phase.DEAD:
@@ -203,9 +235,9 @@ class FakeNode:
         machine.break_off("the sandbox was paused meanwhile", "paused")
         return SIZE
 
-    async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
-        """See core.contracts.node.NodeControl.ensure_gone."""
-        self._answer("ensure_gone")
+    async def ensure_gone(self, asked: EnsureGone) -> None:
+        """See core.node_ops.EnsureGone."""
+        sandbox_id, incarnation, version = asked.sandbox_id, asked.incarnation, asked.version
         self._show(sandbox_id, version)
         machine = self.machines.get(sandbox_id)
         if machine is not None and machine.incarnation > incarnation:
@@ -215,17 +247,10 @@ class FakeNode:
             machine.break_off("the machine of the sandbox ended meanwhile", "error")
             del self.machines[sandbox_id]
 
-    async def ensure_network(
-        self,
-        sandbox_id: str,
-        *,
-        incarnation: int,
-        policy: Policy,
-        credentials: Credentials | None = None,
-        version: int = 0,
-    ) -> None:
-        """See core.contracts.node.NodeControl.ensure_network."""
-        self._answer("ensure_network")
+    async def ensure_network(self, asked: EnsureNetwork) -> None:
+        """See core.node_ops.EnsureNetwork."""
+        policy, credentials = asked.policy, asked.credentials
+        sandbox_id, incarnation, version = asked.sandbox_id, asked.incarnation, asked.version
         self._show(sandbox_id, version)
         machine = self._known(sandbox_id, incarnation)
         if machine.phase is not Phase.RUNNING:
@@ -234,28 +259,25 @@ class FakeNode:
         if credentials is not None or not policy.ends_tls:
             machine.credentials = credentials
 
-    async def connections(
-        self, sandbox_id: str, *, since: float | None = None
-    ) -> tuple[Connection, ...]:
-        """See core.contracts.node.NodeControl.connections."""
-        self._answer("connections")
+    async def connections(self, asked: ReadJournal) -> tuple[Connection, ...]:
+        """See core.node_ops.ReadJournal."""
+        sandbox_id, since = asked.sandbox_id, asked.since
         if sandbox_id not in self.machines:
             raise NotFoundError("cannot do this: nothing of the sandbox is left here")
         found = [one for one in self.journal if since is None or one.time > since]
         return tuple(found[:CONNECTIONS_MAX] if since is not None else found[-CONNECTIONS_MAX:])
 
-    async def console(self, sandbox_id: str) -> bytes:
-        """See core.contracts.node.NodeControl.console."""
-        self._answer("console")
+    async def console(self, asked: ReadConsole) -> bytes:
+        """See core.node_ops.ReadConsole."""
+        sandbox_id = asked.sandbox_id
         if sandbox_id not in self.machines:
             raise NotFoundError("cannot do this: nothing of the sandbox is left here")
         return b"sandyard agent: ready\n"
 
-    async def ensure_snapshot(
-        self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
-    ) -> SnapshotFact:
-        """See core.contracts.node.NodeControl.ensure_snapshot."""
-        self._answer("ensure_snapshot")
+    async def ensure_snapshot(self, asked: EnsureSnapshot) -> SnapshotFact:
+        """See core.node_ops.EnsureSnapshot."""
+        snapshot_id, sandbox_id = asked.snapshot_id, asked.sandbox_id
+        incarnation, version = asked.incarnation, asked.version
         self._show(sandbox_id, version)
         machine = self._known(sandbox_id, incarnation)
         if snapshot_id not in self.snapshots:
@@ -265,55 +287,49 @@ class FakeNode:
             self.snapshots[snapshot_id] = dict(machine.remembers)
         return self._fact_of(snapshot_id)
 
-    async def withdraw(self, workspace_id: str) -> None:
-        """See core.contracts.node.NodeExports.withdraw; nothing has it mounted."""
-        self._answer("withdraw")
-
-    async def keep_version(
-        self, sandbox_id: str, *, incarnation: int, path: str, about: VersionAbout, size_max: int
-    ) -> VersionFact:
-        """See core.contracts.node.NodeVersions.keep_version."""
-        self._answer("keep_version")
-        self._known(sandbox_id, incarnation)
+    async def keep_version(self, asked: KeepVersion) -> VersionFact:
+        """See core.node_ops.KeepVersion."""
+        about = asked.about
+        self._known(asked.sandbox_id, asked.incarnation)
         told = json.dumps(encode(about), sort_keys=True)
         name = version_name(about.slug, sha256(told.encode()).hexdigest()[:24])
         self.templates_ready = tuple(dict.fromkeys((*self.templates_ready, name)))
         self._built[name] = about.build_id
-        return VersionFact(name, "0" * 64, min(SIZE, size_max))
+        return VersionFact(name, "0" * 64, min(SIZE, asked.size_max))
 
-    async def prepare_version(self, version: str) -> None:
-        """See core.contracts.node.NodeVersions.prepare_version."""
-        self._answer("prepare_version")
+    async def prepare_version(self, asked: PrepareVersion) -> None:
+        """See core.node_ops.PrepareVersion."""
+        version = asked.version
         if version not in self.templates_ready:
             raise NotFoundError(f"cannot use the template {version}")
         if (refusal := self.refusal) is not None:
             self.refusal = None
             raise refusal
 
-    async def drop_stages(self, build_id: str, *, but: tuple[str, ...]) -> None:
-        """See core.contracts.node.NodeVersions.drop_stages."""
-        self._answer("drop_stages")
+    async def drop_stages(self, asked: DropStages) -> None:
+        """See core.node_ops.DropStages."""
+        build_id, but = asked.build_id, asked.but
         self.templates_ready = tuple(
             one for one in self.templates_ready if one in but or self._built.get(one) != build_id
         )
 
-    async def drop_version(self, version: str) -> None:
-        """See core.contracts.node.NodeVersions.drop_version."""
-        self._answer("drop_version")
+    async def drop_version(self, asked: DropVersion) -> None:
+        """See core.node_ops.DropVersion."""
+        version = asked.version
         self.templates_ready = tuple(one for one in self.templates_ready if one != version)
 
-    async def find_machine(self, sandbox_id: str) -> MachineAbout:
-        """See core.contracts.node.NodeControl.find_machine."""
-        self._answer("find_machine")
+    async def find_machine(self, asked: FindMachine) -> MachineAbout:
+        """See core.node_ops.FindMachine."""
+        sandbox_id = asked.sandbox_id
         machine = self.machines.get(sandbox_id)
         if machine is None:
             raise NotFoundError("cannot find the machine on this node")
         version = self._versions.get(sandbox_id, 0)
         return MachineAbout(machine.incarnation, version, machine.policy, machine.mounts)
 
-    async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
-        """See core.contracts.node.NodeControl.find_snapshot."""
-        self._answer("find_snapshot")
+    async def find_snapshot(self, asked: FindSnapshot) -> SnapshotFact:
+        """See core.node_ops.FindSnapshot."""
+        snapshot_id = asked.snapshot_id
         if snapshot_id not in self.snapshots:
             raise NotFoundError("cannot find the snapshot on this node")
         return self._fact_of(snapshot_id)
@@ -321,24 +337,21 @@ class FakeNode:
     def _fact_of(self, snapshot_id: str) -> SnapshotFact:
         return SnapshotFact(snapshot_id, SIZE, "base-minimal", "debian", Shape(1, 1024, 10_240))
 
-    async def drop_snapshot(self, snapshot_id: str) -> None:
-        """See core.contracts.node.NodeControl.drop_snapshot."""
-        self._answer("drop_snapshot")
-        self.snapshots.pop(snapshot_id, None)
+    async def drop_snapshot(self, asked: DropSnapshot) -> None:
+        """See core.node_ops.DropSnapshot."""
+        self.snapshots.pop(asked.snapshot_id, None)
 
-    async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
-        """See core.contracts.node.NodeControl.find_room."""
-        self._answer("find_room")
-        if self._left() < count:
+    async def find_room(self, asked: FindRoom) -> bool:
+        """See core.node_ops.FindRoom."""
+        if self._left() < asked.count:
             raise NoCapacityError("cannot start a machine: the host's memory is promised to others")
         return False
 
     def _left(self) -> int:
         return self.room - sum(one.phase is Phase.RUNNING for one in self.machines.values())
 
-    async def report(self) -> NodeReport:
-        """See core.contracts.node.NodeControl.report."""
-        self._answer("report")
+    async def report(self, asked: Report) -> NodeReport:
+        """See core.node_ops.Report."""
         report = NodeReport(
             enforces_rules=True,
             ends_tls=True,
@@ -357,9 +370,8 @@ class FakeNode:
         )
         return self._generation.of(report)
 
-    async def templates(self) -> tuple[TemplateFact, ...]:
-        """See core.contracts.node.NodeControl.templates."""
-        self._answer("templates")
+    async def templates(self, asked: ListTemplates) -> tuple[TemplateFact, ...]:
+        """See core.node_ops.ListTemplates."""
         ready, shape = TemplateStatus.READY, Shape(1, 512, 1024)
         return tuple(
             TemplateFact(slug, slug, "", _KINDS.get(slug, "headless"), ready, shape)
@@ -532,23 +544,14 @@ class EncodedNode:
         """See core.contracts.node.NodeControl.node_id."""
         return self._control.node_id
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        work = getattr(self._control, name)
-        hints = get_type_hints(getattr(NodeControl, name))
-        answers = hints.pop("return")
-        names = list(hints)
-
-        async def ask(*args: object, **kwargs: object) -> Any:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            there = {key: over_the_wire(hints[key], value) for key, value in given.items()}
-            positional = [there.pop(key) for key in names[: len(args)]]
-            try:
-                answer = await work(*positional, **there)
-            except SandyardError as error:
-                raise told(error) from None
-            return None if answers is type(None) else over_the_wire(answers, answer)
-
-        return ask
+    async def do(self, operation: NodeOperation[AnswerT]) -> AnswerT:
+        """See core.contracts.node.NodeControl.do."""
+        request = json.loads(json.dumps(messages.request_of(operation)))
+        try:
+            answer = await self._control.do(messages.operation_of(request))
+        except SandyardError as error:
+            raise told(error) from None
+        return messages.answer_of(operation, json.loads(json.dumps(encode(answer))))
 
     @asynccontextmanager
     async def open(

@@ -24,6 +24,7 @@ from sandyard.server.app.wiring import open_volumes, sign_up_of
 from sandyard.server.core.contracts.node import NodeControl, NodeReport
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.node_ops import EnsureGone, Report
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost
 from sandyard.server.front.dispatch import Dispatch
 from sandyard.server.links.identities import control_name, node_name
@@ -88,7 +89,7 @@ class SeveralHouse:
 
     async def report(self) -> NodeReport:
         """Return what they hold together."""
-        reports = [await one.report() for one in self.nodes]
+        reports = [await one.do(Report()) for one in self.nodes]
         return replace(
             reports[0],
             machines=tuple(fact for one in reports for fact in one.machines),
@@ -99,7 +100,7 @@ class SeveralHouse:
     async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
         """Remove a machine wherever it is."""
         for one in self.nodes:
-            await one.ensure_gone(sandbox_id, incarnation=incarnation)
+            await one.do(EnsureGone(sandbox_id, incarnation=incarnation))
 
 
 class _InTurn(httpx.AsyncBaseTransport):

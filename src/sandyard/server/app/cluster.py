@@ -280,8 +280,6 @@ async def open_cluster_control(
                 roster=cluster.roster,
                 tunnel=cluster.tunnels,
                 volumes=volumes,
-                exports=cluster.nodes,
-                versions=cluster.nodes,
                 bus=cluster.bus,
                 clock=clock,
                 metrics=metrics_of(settings),

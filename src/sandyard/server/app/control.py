@@ -20,7 +20,7 @@ from sandyard.server.app.wiring import (
 )
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeTunnel, NodeVersions
+from sandyard.server.core.contracts.node import NodeControl, NodeTunnel
 from sandyard.server.core.contracts.payments import Payments
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.contracts.volumes import Volumes
@@ -124,7 +124,6 @@ def _services(
     worker: Reconciler,
     money: Money,
     workspaces: WorkspaceServices,
-    versions: Mapping[str, NodeVersions],
 ) -> Services:
     addresses = addresses_of(settings)
     people = build_people(
@@ -153,7 +152,6 @@ def _services(
         templates=build_templates(
             platform,
             sandboxes=sandboxes,
-            nodes=versions,
             uploads_dir=settings.home / "uploads",
             upload_max=settings.builds.upload_mib * 2**20,
             limits=build_limits_of(settings),
@@ -171,8 +169,6 @@ async def open_control(
     nodes: Mapping[str, NodeControl],
     tunnel: NodeTunnel,
     volumes: Volumes,
-    exports: Mapping[str, NodeExports] | None = None,
-    versions: Mapping[str, NodeVersions] | None = None,
     roster: Roster | None = None,
     bus: Bus,
     clock: Clock,
@@ -217,14 +213,11 @@ async def open_control(
         workspaces = build_workspaces(
             platform,
             volumes=volumes,
-            exports={} if exports is None else exports,
             threads=threads,
             quota_bytes=settings.workspaces.quota_mib * 2**20,
             upload_max=settings.workspaces.upload_mib * 2**20,
         )
-        services = _services(
-            settings, platform, reconciler, money, workspaces, {} if versions is None else versions
-        )
+        services = _services(settings, platform, reconciler, money, workspaces)
         made = make_faces(
             services,
             platform,

@@ -108,8 +108,6 @@ async def open_house(
                 nodes={node.node_id: node},
                 tunnel=node,
                 volumes=volumes,
-                exports={node.node_id: node},
-                versions={node.node_id: node},
                 bus=bus,
                 clock=clock,
                 metrics=metrics,

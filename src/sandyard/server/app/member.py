@@ -31,6 +31,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.node_ops import Report
 from sandyard.server.core.records import NodeStart
 from sandyard.server.links.identities import new_request, request_of
 from sandyard.server.links.installation import is_control_of
@@ -277,7 +278,7 @@ async def _metrics_server(settings: Settings, metrics: Metrics, node: Node) -> A
         return
 
     async def reports() -> list[Told]:
-        return [Told(await node.report())]
+        return [Told(await node.do(Report()))]
 
     async def refused(_: Request, error: Exception) -> Response:
         return PlainTextResponse(f"{error}\n", status_code=404)

@@ -9,6 +9,7 @@ from sandyard.server.app.links import why_unreachable
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.contracts.node import NodeReport
 from sandyard.server.core.errors import SandyardError, UnavailableError
+from sandyard.server.core.node_ops import Report
 from sandyard.server.core.records import JoinedNode
 from sandyard.server.links.installation import Installation
 from sandyard.server.links.local import SystemClock
@@ -67,7 +68,7 @@ async def _report_of(
     try:
         async with asyncio.timeout(_LIMIT_S), linked(link):
             await link.until_up()
-            return await RemoteNode(link, inbox, node.id).report()
+            return await RemoteNode(link, inbox, node.id).do(Report())
     except TimeoutError as error:
         raise UnavailableError(link.trouble or "it does not answer over NATS") from error
 

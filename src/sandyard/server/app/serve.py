@@ -26,6 +26,7 @@ from sandyard.server.app.settings import E2bSettings, HttpSettings, PreviewSetti
 from sandyard.server.app.wiring import identity_of
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
+from sandyard.server.core.node_ops import DropSnapshot, EnsureGone, Report
 from sandyard.server.core.states import Event, Status
 from sandyard.server.drivers.firecracker.jail import remove_groups
 from sandyard.server.front.dispatch import Dispatch
@@ -364,7 +365,7 @@ async def _delete_all(house: House) -> int:
     removed = 0
     async with house.store.read() as tx:
         away_since = await tx.facts.moment(BEAT)
-    report = await house.node.report()
+    report = await house.node.do(Report())
     living = {fact.sandbox_id for fact in report.machines if fact.phase is not Phase.DEAD}
     while True:
         async with house.store.read() as tx:
@@ -390,9 +391,9 @@ async def _delete_all(house: House) -> int:
             await tx.snapshots.remove(one.id, at=now)
             await tx.storage.close("snapshot", one.id, now)
     # Machines and snapshots that the store knows nothing of: it was lost or replaced.
-    for fact in (await house.node.report()).machines:
-        await house.node.ensure_gone(fact.sandbox_id, incarnation=fact.incarnation)
+    for fact in (await house.node.do(Report())).machines:
+        await house.node.do(EnsureGone(fact.sandbox_id, incarnation=fact.incarnation))
         removed += 1
-    for snapshot_id in (await house.node.report()).snapshots:
-        await house.node.drop_snapshot(snapshot_id)
+    for snapshot_id in (await house.node.do(Report())).snapshots:
+        await house.node.do(DropSnapshot(snapshot_id))
     return removed

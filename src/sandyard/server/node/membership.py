@@ -19,6 +19,7 @@ from sandyard.server.core.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from sandyard.server.core.node_ops import Report
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Telling:
         if self._node is None:
             return None
         try:
-            return (await self._node.report()).view().within(VIEW_MAX)
+            return (await self._node.do(Report())).view().within(VIEW_MAX)
         except Exception:  # heartbeats are sent whatever the report is
             log.exception("cannot make this node's report; sending the heartbeat without it")
             return None

@@ -1,34 +1,26 @@
 """The nodes of the installation: how each is reached, and its last report."""
 
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypedDict, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
-    Connection,
-    MachineAbout,
-    MachineFact,
-    MachineWish,
     NodeControl,
+    NodeOperation,
     NodeReport,
     NodeView,
-    SnapshotFact,
-    TemplateFact,
 )
-from sandyard.server.core.egress import Credentials, Policy
 from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
+from sandyard.server.core.node_ops import Report
+from sandyard.server.core.ops import AnswerT
 from sandyard.server.core.records import JoinedNode
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.roster import Heartbeat, Roster
 from sandyard.server.tasks import attended
 
-REPORT_LIMIT_S = 5.0
-_SHORT_S = 30.0
 _CHECK_S = 15.0
 _FRESH_S = 10.0
 _SAVED_BESIDE_MIB = 64
-_T = TypeVar("_T")
 
 
 def believed_bytes(told: int, shape: Shape) -> int:
@@ -38,123 +30,35 @@ def believed_bytes(told: int, shape: Shape) -> int:
     return min(max(told, 0), most)
 
 
-class _Attention(TypedDict):
-    """How a long call is attended: the node is polled meanwhile. See `tasks.attended`."""
-
-    look: Callable[[], Awaitable[object]]
-    every_s: float
-    clock: Clock
-
-
 class PatientNode:
-    """A node whose calls have limits. See core.contracts.node.NodeControl.
+    """A node whose operations have limits. See core.contracts.node.NodeControl.
 
-    Queries have a fixed limit. A start or save is waited for as long as the node, polled in
-    parallel, still reports.
-
-    Every method raises UnavailableError if the node does not answer.
+    An operation with a limit has to be answered within it. Others, such as a start or a save, are
+    waited for as long as the node, polled in parallel, still reports.
     """
 
     def __init__(self, node: NodeControl, clock: Clock) -> None:
         self._node = node
         self._clock = clock
-        self._attention = _Attention(look=self.report, every_s=_CHECK_S, clock=clock)
 
     @property
     def node_id(self) -> str:
         """See NodeControl.node_id."""
         return self._node.node_id
 
-    async def ensure_running(self, wish: MachineWish) -> MachineFact:
-        """See NodeControl.ensure_running."""
-        return await attended(self._node.ensure_running(wish), **self._attention)
-
-    async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
-        """See NodeControl.ensure_paused."""
-        return await attended(
-            self._node.ensure_paused(sandbox_id, incarnation=incarnation, version=version),
-            **self._attention,
-        )
-
-    async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
-        """See NodeControl.ensure_gone."""
-        await attended(
-            self._node.ensure_gone(sandbox_id, incarnation=incarnation, version=version),
-            **self._attention,
-        )
-
-    async def ensure_snapshot(
-        self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
-    ) -> SnapshotFact:
-        """See NodeControl.ensure_snapshot."""
-        return await attended(
-            self._node.ensure_snapshot(
-                snapshot_id, sandbox_id=sandbox_id, incarnation=incarnation, version=version
-            ),
-            **self._attention,
-        )
-
-    async def find_machine(self, sandbox_id: str) -> MachineAbout:
-        """See NodeControl.find_machine."""
-        return await self._soon(self._node.find_machine(sandbox_id), _SHORT_S)
-
-    async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
-        """See NodeControl.find_snapshot."""
-        return await self._soon(self._node.find_snapshot(snapshot_id), _SHORT_S)
-
-    async def drop_snapshot(self, snapshot_id: str) -> None:
-        """See NodeControl.drop_snapshot."""
-        await self._soon(self._node.drop_snapshot(snapshot_id), _SHORT_S)
-
-    async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
-        """See NodeControl.find_room."""
-        return await self._soon(self._node.find_room(template, shape, count=count), _SHORT_S)
-
-    async def ensure_network(
-        self,
-        sandbox_id: str,
-        *,
-        incarnation: int,
-        policy: Policy,
-        credentials: Credentials | None = None,
-        version: int = 0,
-    ) -> None:
-        """See NodeControl.ensure_network."""
-        await attended(
-            self._node.ensure_network(
-                sandbox_id,
-                incarnation=incarnation,
-                policy=policy,
-                credentials=credentials,
-                version=version,
-            ),
-            **self._attention,
-        )
-
-    async def connections(
-        self, sandbox_id: str, *, since: float | None = None
-    ) -> tuple[Connection, ...]:
-        """See NodeControl.connections."""
-        return await self._soon(self._node.connections(sandbox_id, since=since), _SHORT_S)
-
-    async def console(self, sandbox_id: str) -> bytes:
-        """See NodeControl.console."""
-        return await self._soon(self._node.console(sandbox_id), _SHORT_S)
-
-    async def report(self) -> NodeReport:
-        """See NodeControl.report."""
-        return await self._soon(self._node.report(), REPORT_LIMIT_S)
-
-    async def templates(self) -> tuple[TemplateFact, ...]:
-        """See NodeControl.templates."""
-        return await self._soon(self._node.templates(), REPORT_LIMIT_S)
-
-    async def _soon(self, asked: Coroutine[object, object, _T], limit_s: float) -> _T:
+    async def do(self, operation: NodeOperation[AnswerT]) -> AnswerT:
+        """See NodeControl.do."""
+        asked = self._node.do(operation)
+        if operation.limit_s is None:
+            return await attended(asked, self._reports, every_s=_CHECK_S, clock=self._clock)
         try:
-            async with self._clock.timeout(limit_s):
+            async with self._clock.timeout(operation.limit_s):
                 return await asked
         except TimeoutError as error:
             raise DeadlineExceededError(f"the node {self.node_id} does not answer") from error
+
+    async def _reports(self) -> None:
+        await self.do(Report())
 
 
 class Nodes:
@@ -238,7 +142,7 @@ class Nodes:
             UnavailableError: it does not answer in time.
         """
         try:
-            report = await node.report()
+            report = await node.do(Report())
         except UnavailableError:
             self._said.pop(node.node_id, None)
             raise

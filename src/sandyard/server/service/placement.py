@@ -11,6 +11,7 @@ from typing import Final
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import GoldenFact, NodeView
 from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.node_ops import FindRoom
 from sandyard.server.core.records import Snapshot
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.nodes import Nodes
@@ -108,7 +109,7 @@ class Placement:
                 asked.add(node_id)
                 try:
                     node = self._nodes.get(node_id)
-                    placed = Placed(node_id, await node.find_room(template, shape))
+                    placed = Placed(node_id, await node.do(FindRoom(template, shape)))
                 except UnavailableError as error:
                     trouble = error
                 else:
@@ -124,7 +125,7 @@ class Placement:
         Raises: see `choose`.
         """
         node = self._nodes.get(snapshot.node_id)
-        await node.find_room(snapshot.template, shape, count=count)
+        await node.do(FindRoom(snapshot.template, shape, count=count))
         return Placed(node.node_id)
 
     def _note(self, node_id: str, template: str, shape: Shape) -> None:

@@ -12,12 +12,12 @@ from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 from sandyard.server.core.codec import encode
 from sandyard.server.core.egress import NO_RULES, Credentials, Policy
 from sandyard.server.core.ops import AnswerT, Operation
-from sandyard.server.core.records import Mount, VersionAbout
+from sandyard.server.core.records import Mount
 from sandyard.server.core.shapes import Shape
 
 _T = TypeVar("_T")
@@ -369,13 +369,27 @@ class NodeReport:
         )
 
 
+class NodeOperation(Generic[AnswerT]):
+    """Base of the operations of nodes; `core.node_ops` has all of them.
+
+    An operation that `changes` something is refused by a node that has lost its lease. One with
+    `limit_s` has to be answered within these seconds; others are waited for as long as the node
+    still reports.
+    """
+
+    op: ClassVar[str]
+    answer: ClassVar[Any]
+    changes: ClassVar[bool] = True
+    limit_s: ClassVar[float | None] = None
+
+
 class NodeControl(Protocol):
     """One host. Requests state what should be, and may arrive twice, late or out of order.
 
-    Each names the incarnation it means, and the version of the sandbox's row that it was made from.
-    A node refuses a version older than the latest it has received. Version 0 stands for a request
-    without a row, and for a removal, which is final up to its incarnation. A refused request
-    changes nothing.
+    Those about a sandbox name the incarnation they mean, and the version of the sandbox's row that
+    they were made from. A node refuses a version older than the latest it has received. Version 0
+    stands for a request without a row, and for a removal, which is final up to its incarnation. A
+    refused request changes nothing.
     """
 
     @property
@@ -383,189 +397,14 @@ class NodeControl(Protocol):
         """The node's stable id."""
         ...
 
-    async def ensure_running(self, wish: MachineWish) -> MachineFact:
-        """Return once the machine runs and its agent answers; at once if it does already.
-
-        On failure nothing of a new machine is left, and a paused machine is still paused.
-
-        Raises:
-            UnavailableError: not now (no driver, template not built, no capacity); retry.
-            NotFoundError: the node does not have the template, the snapshot or, for a sandbox that
-                should start from its own state, any of that.
-            AgentSilentError: the machine was resumed and its agent does not answer; its memory is
-                kept.
-            OvertakenError: a later request came first: a later incarnation is here, or this one
-                has been running already and was paused since.
-            MachineDeadError: this incarnation has been running already, and has ended.
-            DamagedError: the saved state or snapshot cannot be used, now or later.
-            IncompatibleError: it needs another hypervisor or processor; it is kept.
-            InternalError: the machine could not be started; the message says why.
-        """
-        ...
-
-    async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
-        """Return once the machine is saved and uses no memory; at once if it is already.
-
-        Return the size of its files in bytes. On failure the machine keeps running.
-
-        Raises:
-            NotFoundError: the node has no such machine.
-            ConflictError: the machine is dead, or the request was cancelled or overtaken.
-            UnavailableError: not now; the message says why.
-            UnsupportedError: the driver cannot save machines.
-        """
-        ...
-
-    async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
-        """Cancel what is in progress, and return once nothing of the sandbox is left, up to and
-        including `incarnation`. A later incarnation is not touched.
-
-        Raises:
-            ConflictError: the request was overtaken.
-            UnavailableError: something could not be released; retry.
-        """
-        ...
-
-    async def ensure_snapshot(
-        self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
-    ) -> SnapshotFact:
-        """Return once the snapshot is complete; the machine continues as it was.
-
-        Raises: see `ensure_paused`.
-        """
-        ...
-
-    async def find_machine(self, sandbox_id: str) -> MachineAbout:
-        """Return what the node has on record of a sandbox's machine.
-
-        Raises:
-            NotFoundError: it has no such machine.
-            DamagedError: its record cannot be read.
-        """
-        ...
-
-    async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
-        """Return what the node knows of a snapshot.
-
-        Raises:
-            NotFoundError: it is not there.
-            DamagedError, IncompatibleError: it cannot be read.
-        """
-        ...
-
-    async def drop_snapshot(self, snapshot_id: str) -> None:
-        """Remove a snapshot; machines that were started from it are not affected."""
-        ...
-
-    async def ensure_network(
-        self,
-        sandbox_id: str,
-        *,
-        incarnation: int,
-        policy: Policy,
-        credentials: Credentials | None = None,
-        version: int = 0,
-    ) -> None:
-        """Return once these rules are in force in a running machine: connections that they do not
-        let pass have ended, and the guest was told to trust the authority of the `credentials`.
-        Without them, those of before stay in use.
-
-        Raises:
-            NotFoundError: the node has no such machine.
-            ConflictError: the machine does not run, or the request was overtaken.
-            UnavailableError: what enforces the rules does not start. Then nothing passes.
-        """
-        ...
-
-    async def connections(
-        self, sandbox_id: str, *, since: float | None = None
-    ) -> tuple[Connection, ...]:
-        """Return lines of the sandbox's journal, oldest first: the latest `CONNECTIONS_MAX`, or as
-        many that follow a time (seconds since 1970). Only sandboxes with rules have a journal.
-
-        Raises:
-            NotFoundError: the node has nothing of the sandbox.
-        """
-        ...
-
-    async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
-        """Check that there is capacity for so many more machines. Return whether one waits in the
-        pool.
-
-        Raises:
-            NoCapacityError: there is none; the message says what is short.
-        """
-        ...
-
-    async def console(self, sandbox_id: str) -> bytes:
-        """Return the end of the guest's console output, also of a machine that never started.
-
-        Raises:
-            NotFoundError: the node has nothing of the sandbox.
-        """
-        ...
-
-    async def report(self) -> NodeReport:
-        """Return the node's report. Dead machines are in it until they are removed.
+    async def do(self, operation: NodeOperation[AnswerT]) -> AnswerT:
+        """Carry out an operation and return its answer.
 
         Raises:
             UnavailableError: the node does not answer.
+            OtherVersionError: the node is older than the operation.
+            SandyardError: as the operation says.
         """
-        ...
-
-    async def templates(self) -> tuple[TemplateFact, ...]:
-        """Return every template the node knows, built or not."""
-        ...
-
-
-class NodeExports(Protocol):
-    """The workspaces that a node exports to its machines."""
-
-    async def withdraw(self, workspace_id: str) -> None:
-        """Unmount a workspace in all machines of the node, and stop exporting it. Programs that use
-        it get errors from then on.
-
-        Raises:
-            UnavailableError: not now; retry.
-        """
-        ...
-
-
-class NodeVersions(Protocol):
-    """The versions of users' templates on a node. All methods may be repeated."""
-
-    async def keep_version(
-        self, sandbox_id: str, *, incarnation: int, path: str, about: VersionAbout, size_max: int
-    ) -> VersionFact:
-        """Keep a file in a sandbox, a root file system, as a version.
-
-        Raises:
-            NotFoundError: the node has no such machine, or the machine no such file.
-            InvalidArgumentError: it has more than `size_max` bytes, or is no file system.
-            NoCapacityError: the node has no space for it.
-            ConflictError: the machine does not run.
-        """
-        ...
-
-    async def drop_stages(self, build_id: str, *, but: tuple[str, ...]) -> None:
-        """Remove all versions that were kept for a build, except those named."""
-        ...
-
-    async def prepare_version(self, version: str) -> None:
-        """Return once there is a golden machine of a version with its default shape, if the node
-        makes any.
-
-        Raises:
-            NotFoundError: the node does not have the version.
-            NotReadyError: its command `ready` did not end with 0 in time.
-            UnavailableError: not now; retry.
-            InternalError: it does not boot; the message says why.
-        """
-        ...
-
-    async def drop_version(self, version: str) -> None:
-        """Remove a version. Machines, snapshots and golden machines that exist keep what they
-        need."""
         ...
 
 

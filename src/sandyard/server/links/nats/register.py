@@ -19,9 +19,9 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.links.nats.asks import failed, failure
 from sandyard.server.links.nats.client import INBOX, Inbox
 from sandyard.server.links.nats.link import PREFIX, Link, NatsMessage
+from sandyard.server.links.nats.messages import failed, failure
 from sandyard.server.tasks import Crew
 
 log = logging.getLogger(__name__)

@@ -4,18 +4,17 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Protocol
 
 from sandyard.server.core.codec import CodecError, encode
-from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeVersions
+from sandyard.server.core.contracts.node import NodeControl
 from sandyard.server.core.errors import (
     InternalError,
     OtherVersionError,
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.links.nats.asks import ASKS, WORKING_S, NodeMethod, failure
 from sandyard.server.links.nats.link import Link, NatsMessage
+from sandyard.server.links.nats.messages import WORKING_S, failure, operation_of
 from sandyard.server.tasks import Crew, concurrently
 
 log = logging.getLogger(__name__)
@@ -23,13 +22,9 @@ log = logging.getLogger(__name__)
 _AT_ONCE_MAX = 2000
 
 
-class WholeNode(NodeControl, NodeExports, NodeVersions, Protocol):
-    """Everything that a control plane may request from a node over NATS."""
-
-
 @asynccontextmanager
 async def answering(
-    node: WholeNode, link: Link, *, check: Callable[[], None] = lambda: None
+    node: NodeControl, link: Link, *, check: Callable[[], None] = lambda: None
 ) -> AsyncIterator[None]:
     """Handle requests to a node while the block runs; enter it before the link is opened.
 
@@ -43,7 +38,9 @@ async def answering(
 
 
 class _Ear:
-    def __init__(self, node: WholeNode, link: Link, check: Callable[[], None], crew: Crew) -> None:
+    def __init__(
+        self, node: NodeControl, link: Link, check: Callable[[], None], crew: Crew
+    ) -> None:
         self._node = node
         self._link = link
         self._check = check
@@ -80,22 +77,16 @@ class _Ear:
             raise UnavailableError(
                 "cannot do this now: too many requests to the node are in progress"
             )
-        ask = ASKS.get(str(heard.values.get("op")))
-        if ask is None:
-            raise OtherVersionError("cannot carry out the request: this node does not know it")
         try:
-            args = ask.read(heard.values.get("args"))
+            operation = operation_of(heard.values)
         except CodecError as error:
             raise OtherVersionError(
                 f"cannot carry out the request, which is of another version: {error}"
             ) from error
-        if ask.is_wish:
+        if operation.changes:
             self._check()
         async with concurrently(self._say_so(heard)):
-            return {"value": encode(await self._done(ask, args))}
-
-    async def _done(self, ask: NodeMethod, args: dict[str, Any]) -> Any:
-        return await getattr(self._node, ask.name)(**args)
+            return {"value": encode(await self._node.do(operation))}
 
     async def _say_so(self, heard: NatsMessage) -> None:
         while True:

@@ -1,10 +1,8 @@
 """Builds the services about templates."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandyard.server.core.contracts.node import NodeVersions
 from sandyard.server.service.builds.building import Building, BuildLimits
 from sandyard.server.service.builds.builds import Builds
 from sandyard.server.service.builds.cache import BuildCache
@@ -29,7 +27,6 @@ def build_templates(
     platform: Platform,
     *,
     sandboxes: SandboxServices,
-    nodes: Mapping[str, NodeVersions],
     uploads_dir: Path,
     upload_max: int,
     limits: BuildLimits,
@@ -52,7 +49,6 @@ def build_templates(
             sandboxes=sandboxes.sandboxes,
             processes=sandboxes.processes,
             files=sandboxes.files,
-            nodes=nodes,
             limits=limits,
         ),
     )

@@ -22,7 +22,12 @@ from itertools import takewhile
 from typing import Final, TypeVar
 
 from sandyard.server.core import ops
-from sandyard.server.core.contracts.node import NodeVersions, VersionFact, version_name
+from sandyard.server.core.contracts.node import (
+    NodeControl,
+    NodeOperation,
+    VersionFact,
+    version_name,
+)
 from sandyard.server.core.contracts.store import Transaction, Turn
 from sandyard.server.core.egress import NO_RULES, Policy
 from sandyard.server.core.errors import (
@@ -35,6 +40,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_secret
+from sandyard.server.core.node_ops import DropStages, DropVersion, KeepVersion, PrepareVersion
 from sandyard.server.core.records import (
     Build,
     BuildLine,
@@ -130,7 +136,6 @@ class Building:
         sandboxes: Sandboxes,
         processes: Processes,
         files: Files,
-        nodes: Mapping[str, NodeVersions],
         limits: BuildLimits,
     ) -> None:
         self._server_id = platform.server_id
@@ -138,7 +143,7 @@ class Building:
         self.bus = platform.bus
         self.clock = platform.clock
         self.register = platform.register
-        self._roster = platform.nodes
+        self.nodes = platform.nodes
         self.templates = templates
         self.uploads = uploads
         self.credentials = credentials
@@ -147,25 +152,9 @@ class Building:
         self.sandboxes = sandboxes
         self.processes = processes
         self.files = files
-        self._nodes = nodes
         self.limits = limits
-        self._copies = Copies(platform, nodes)
+        self._copies = Copies(platform)
         self._at_work = 0
-
-    def node_of(self, sandbox: Sandbox) -> NodeVersions:
-        """Return the node of a sandbox.
-
-        Raises:
-            UnavailableError: it is not known here.
-        """
-        node = self._nodes.get(sandbox.node_id or "")
-        if node is None:
-            raise UnavailableError(f"cannot reach the node {sandbox.node_id}: it is not known here")
-        return node
-
-    def node(self, node_id: str) -> NodeVersions | None:
-        """Return a node by its id."""
-        return self._nodes.get(node_id)
 
     async def run(self) -> None:
         """Work forever."""
@@ -251,7 +240,7 @@ class Building:
     async def look_at(self, sandbox: Sandbox) -> None:
         """Learn what the node of a sandbox has now: placement believes older reports."""
         with suppress(UnavailableError):
-            await self._roster.report_of(self._roster.get(sandbox.node_id))
+            await self.nodes.report_of(self.nodes.get(sandbox.node_id))
 
     async def names_of(self, build: Build) -> tuple[str, ...]:
         """Return the names on nodes of what a build has published."""
@@ -263,35 +252,33 @@ class Building:
     async def drop_stages(self, build: Build, *, but: tuple[str, ...]) -> tuple[str, ...]:
         """Remove what nodes kept for a build, and return the names of what may be left."""
         is_done = await self._on_all_nodes(
-            lambda node: node.drop_stages(build.id, but=but), f"the stages of the build {build.id}"
+            DropStages(build.id, but=but), f"the stages of the build {build.id}"
         )
         return () if is_done else build.stages
 
     async def drop(self, name: str) -> bool:
         """Remove a version from all nodes; return False if that must be repeated."""
-        return await self._on_all_nodes(lambda node: node.drop_version(name), name)
+        return await self._on_all_nodes(DropVersion(name), name)
 
-    async def _on_all_nodes(
-        self, ask: Callable[[NodeVersions], Awaitable[None]], what: str
-    ) -> bool:
+    async def _on_all_nodes(self, operation: NodeOperation[None], what: str) -> bool:
         """Ask all nodes concurrently to remove something; return False if one is away or failed."""
         turns = asyncio.Semaphore(_NODES_AT_ONCE)
 
-        async def ask_one(node_id: str, node: NodeVersions) -> bool:
-            if not self._roster.is_there(node_id):
+        async def ask_one(node: NodeControl) -> bool:
+            if not self.nodes.is_there(node.node_id):
                 return False
             async with turns:
                 try:
-                    await ask(node)
+                    await node.do(operation)
                 except SandyardError as error:
                     log.warning(
-                        "cannot remove %s from the node %s: %s", what, node_id, error.message
+                        "cannot remove %s from the node %s: %s", what, node.node_id, error.message
                     )
                     return False
             return True
 
         async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(ask_one(*one)) for one in list(self._nodes.items())]
+            asked = [tasks.create_task(ask_one(one)) for one in self.nodes.all()]
         return all(one.result() for one in asked)
 
 
@@ -421,10 +408,8 @@ class _Job:
             made = await self._make(wish, about)
         await self._phase("start")
         await self._say("saving a machine that is ready to be cloned")
-        node, name = house.node(made.node_id), made.fact.name
-        if node is None:
-            raise UnavailableError(f"cannot reach the node {made.node_id}: it is not known here")
-        await self._patiently(lambda: node.prepare_version(name))
+        node = house.nodes.get(made.node_id)
+        await self._patiently(lambda: node.do(PrepareVersion(made.fact.name)))
         await self._publish(made)
 
     async def _make(self, wish: NewTemplate, about: VersionAbout) -> "_Made":
@@ -704,12 +689,14 @@ class _Job:
             ready=wish.ready or (None if wish.is_bare else config.check),
         )
         await self._say("keeping the root file system")
-        fact = await house.node_of(box).keep_version(
-            box.id,
-            incarnation=box.incarnation,
-            path=recipes.ROOT_FILE,
-            about=about,
-            size_max=house.limits.size_max,
+        fact = await house.nodes.get(box.node_id).do(
+            KeepVersion(
+                box.id,
+                incarnation=box.incarnation,
+                path=recipes.ROOT_FILE,
+                about=about,
+                size_max=house.limits.size_max,
+            )
         )
         await house.look_at(box)
         await self._say(f"{fact.size_bytes / 2**20:.0f} MiB")

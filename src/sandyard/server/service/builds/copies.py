@@ -7,7 +7,7 @@ template of the installation goes to the nodes that have not built it themselves
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -16,7 +16,6 @@ from typing import Final, TypeVar
 from sandyard.server.core.contracts.node import (
     SHORT,
     MachineRef,
-    NodeVersions,
     NodeView,
     TemplateFact,
     TemplateStatus,
@@ -31,6 +30,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
+from sandyard.server.core.node_ops import DropVersion
 from sandyard.server.core.records import VersionKey
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.tasks import Crew
@@ -60,13 +60,12 @@ class _Failure:
 class Copies:
     """Copies between nodes; it is to be run."""
 
-    def __init__(self, platform: Platform, nodes: Mapping[str, NodeVersions]) -> None:
+    def __init__(self, platform: Platform) -> None:
         self._server_id = platform.server_id
         self._store = platform.store
         self._bus = platform.bus
         self._clock = platform.clock
         self._nodes = platform.nodes
-        self._versions = nodes
         self._shipped = platform.templates.shipped
         self._tunnel = platform.tunnel
         self._failed: dict[tuple[str, str, str], _Failure] = {}
@@ -180,9 +179,8 @@ class Copies:
                 return
 
     async def _drop(self, node_id: str, name: str) -> None:
-        node = self._versions.get(node_id)
-        if node is not None:
-            await node.drop_version(name)
+        if self._nodes.has(node_id):
+            await self._nodes.get(node_id).do(DropVersion(name))
 
     async def _copy(
         self, name: str, source: str, target: str, *, digest: str | None = None

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from sandyard.server.core.contracts.node import Connection
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import NotFoundError, SandyardError
+from sandyard.server.core.node_ops import ReadJournal
 from sandyard.server.core.records import Activity, ActivityQuery, Ruled
 from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.enforcing import MAY_RUN
@@ -86,7 +87,7 @@ class Journals:
                 await self._begin(sandbox)
             try:
                 async with self._clock.timeout(_NODE_S):
-                    lines = await node.connections(sandbox.id, since=self._read[sandbox.id])
+                    lines = await node.do(ReadJournal(sandbox.id, since=self._read[sandbox.id]))
             except NotFoundError:
                 continue
             except (SandyardError, TimeoutError) as error:

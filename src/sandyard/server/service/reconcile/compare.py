@@ -25,6 +25,7 @@ from sandyard.server.core.contracts.node import (
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.egress import digest_of
 from sandyard.server.core.errors import SandyardError, UnavailableError
+from sandyard.server.core.node_ops import DropSnapshot, EnsureGone, EnsurePaused
 from sandyard.server.core.records import (
     NEXT_START,
     Claim,
@@ -466,7 +467,9 @@ class Comparison:
         result was never stored."""
         twice, self._awake = found.items() & self._awake.items(), found
         for sandbox_id, (incarnation, version) in twice:
-            saved = self._node.ensure_paused(sandbox_id, incarnation=incarnation, version=version)
+            saved = self._node.do(
+                EnsurePaused(sandbox_id, incarnation=incarnation, version=version)
+            )
             self._beside(sandbox_id, saved)
 
     async def _relieve(self, rows: list[Standing], facts: Mapping[str, MachineFact]) -> None:
@@ -557,7 +560,7 @@ class Comparison:
     async def _remove(self, sandbox_id: str, incarnation: int) -> None:
         self._removing += 1
         try:
-            await self._node.ensure_gone(sandbox_id, incarnation=incarnation)
+            await self._node.do(EnsureGone(sandbox_id, incarnation=incarnation))
         finally:
             self._removing -= 1
 
@@ -595,7 +598,7 @@ class Comparison:
         twice, self._unwanted_snapshots = unwanted & self._unwanted_snapshots, unwanted
         for snapshot_id in twice:
             try:
-                await self._node.drop_snapshot(snapshot_id)
+                await self._node.do(DropSnapshot(snapshot_id))
             except SandyardError as error:
                 log.warning("cannot remove a snapshot's files: %s; retrying", error.message)
         return rows

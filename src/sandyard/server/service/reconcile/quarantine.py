@@ -19,6 +19,13 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnsupportedError,
 )
+from sandyard.server.core.node_ops import (
+    DropSnapshot,
+    EnsureGone,
+    EnsurePaused,
+    FindMachine,
+    FindSnapshot,
+)
 from sandyard.server.core.records import Quarantined, QuarantineKind
 from sandyard.server.core.shapes import NOTHING
 from sandyard.server.tasks import Work
@@ -141,7 +148,8 @@ class Quarantine:
             if row.is_unwanted:
                 self.is_settled = False
                 log.warning("removing the snapshot %s from the quarantine", snapshot_id)
-                self._beside(snapshot_id, self._node.drop_snapshot(snapshot_id))
+                dropped = self._node.do(DropSnapshot(snapshot_id))
+                self._beside(snapshot_id, dropped)
             elif ends_at is not None and ends_at <= now:
                 self.is_settled = False
                 self._beside(snapshot_id, self._condemn(snapshot_id))
@@ -165,7 +173,7 @@ class Quarantine:
                 self._node.node_id,
                 extra={"sandbox_id": fact.sandbox_id},
             )
-            gone = self._node.ensure_gone(fact.sandbox_id, incarnation=fact.incarnation)
+            gone = self._node.do(EnsureGone(fact.sandbox_id, incarnation=fact.incarnation))
             self._beside(fact.sandbox_id, gone)
             return
         if ends_at is not None:
@@ -184,7 +192,7 @@ class Quarantine:
     async def _save(self, fact: MachineFact) -> None:
         self._saving.add(fact.sandbox_id)
         try:
-            await self._node.ensure_paused(fact.sandbox_id, incarnation=fact.incarnation)
+            await self._node.do(EnsurePaused(fact.sandbox_id, incarnation=fact.incarnation))
         except SandyardError as error:
             if fact.sandbox_id not in self._complained:
                 self._complained.add(fact.sandbox_id)
@@ -199,7 +207,7 @@ class Quarantine:
     async def _described(self, machine: Quarantined) -> Quarantined:
         """Return a machine with its network rules and mounts, if its node can tell them now."""
         try:
-            about = await self._node.find_machine(machine.id)
+            about = await self._node.do(FindMachine(machine.id))
         except (DamagedError, UnsupportedError) as error:
             log.warning(
                 "cannot tell the network rules of a machine in quarantine: %s; it will have none "
@@ -242,7 +250,7 @@ class Quarantine:
         """Return what a node tells of a snapshot; None if it cannot tell now, and is asked
         again."""
         try:
-            fact = await self._node.find_snapshot(snapshot_id)
+            fact = await self._node.do(FindSnapshot(snapshot_id))
         except (DamagedError, IncompatibleError) as error:
             log.warning("cannot read the snapshot %s in quarantine: %s", snapshot_id, error.message)
             self._unreadable.add(snapshot_id)

@@ -29,6 +29,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import hostname_of
+from sandyard.server.core.node_ops import EnsureGone, EnsureNetwork, EnsurePaused, EnsureRunning
 from sandyard.server.core.records import NEXT_START, Claim, Reason, Sandbox
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.nodes import believed_bytes
@@ -235,15 +236,17 @@ class Work:
                     f"the node {node.node_id} is of a version without these network rules: "
                     "update it"
                 )
-        fact = await node.ensure_running(wish)
+        fact = await node.do(EnsureRunning(wish))
         if fact.rules != digest_of(wish.policy, wish.policy.stamp):
             # It was started by an earlier request, with other rules.
-            await node.ensure_network(
-                wish.sandbox_id,
-                incarnation=wish.incarnation,
-                policy=wish.policy,
-                credentials=wish.credentials,
-                version=wish.version,
+            await node.do(
+                EnsureNetwork(
+                    wish.sandbox_id,
+                    incarnation=wish.incarnation,
+                    policy=wish.policy,
+                    credentials=wish.credentials,
+                    version=wish.version,
+                )
             )
         return fact
 
@@ -292,8 +295,8 @@ class Work:
     async def _pause(self, claim: Claim) -> None:
         sandbox = claim.sandbox
         try:
-            size = await self._nodes.get(sandbox.node_id).ensure_paused(
-                sandbox.id, incarnation=sandbox.incarnation, version=sandbox.version
+            size = await self._nodes.get(sandbox.node_id).do(
+                EnsurePaused(sandbox.id, incarnation=sandbox.incarnation, version=sandbox.version)
             )
         except (NotFoundError, MachineDeadError):
             await self._lifecycle.apply(
@@ -339,7 +342,7 @@ class Work:
             ):  # asking would take seconds for each of hundreds
                 raise UnavailableError(f"the node {sandbox.node_id} is away")
             node: NodeControl = self._nodes.get(sandbox.node_id)
-            await node.ensure_gone(sandbox.id, incarnation=sandbox.incarnation)
+            await node.do(EnsureGone(sandbox.id, incarnation=sandbox.incarnation))
         await self._lifecycle.apply(sandbox, Event.GONE, lease=claim.lease, ip=None, reason=None)
 
 

@@ -18,6 +18,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import checked_name, checked_tags
+from sandyard.server.core.node_ops import ReadConsole, ReadJournal
 from sandyard.server.core.ops import Figures, Hello, Stats
 from sandyard.server.core.records import Claim, Sandbox, SandboxQuery
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
@@ -306,7 +307,7 @@ class Sandboxes:
         if sandbox.node_id is None:
             return sandbox, ""
         try:
-            said = await self._nodes.get(sandbox.node_id).console(sandbox.id)
+            said = await self._nodes.get(sandbox.node_id).do(ReadConsole(sandbox.id))
         except NotFoundError:
             said = b""
         return sandbox, said.decode(errors="replace").replace("\0", "")
@@ -326,7 +327,7 @@ class Sandboxes:
         if sandbox.node_id is None:
             return []
         try:
-            found = await self._nodes.get(sandbox.node_id).connections(sandbox.id, since=since)
+            found = await self._nodes.get(sandbox.node_id).do(ReadJournal(sandbox.id, since=since))
         except NotFoundError:
             return []
         return list(found)

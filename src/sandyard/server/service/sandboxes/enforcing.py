@@ -8,6 +8,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
+from sandyard.server.core.node_ops import EnsureNetwork
 from sandyard.server.core.records import Sandbox, Standing
 from sandyard.server.core.states import ON_ITS_WAY_UP, Status
 from sandyard.server.service.networks import Networks
@@ -66,16 +67,18 @@ async def put_in_force(
         credentials = await networks.credentials_of(sandbox.org_id, sandbox.network)
     except Exception:
         if reported != NOTHING.digest:  # each change on the node has it compared again
-            await node.ensure_network(
-                sandbox.id, incarnation=incarnation, policy=NOTHING, version=version
+            await node.do(
+                EnsureNetwork(sandbox.id, incarnation=incarnation, policy=NOTHING, version=version)
             )
         raise
-    await node.ensure_network(
-        sandbox.id,
-        incarnation=incarnation,
-        policy=sandbox.network.bare,
-        credentials=credentials,
-        version=version,
+    await node.do(
+        EnsureNetwork(
+            sandbox.id,
+            incarnation=incarnation,
+            policy=sandbox.network.bare,
+            credentials=credentials,
+            version=version,
+        )
     )
 
 

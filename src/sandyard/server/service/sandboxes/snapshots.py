@@ -32,6 +32,7 @@ from sandyard.server.core.ids import (
     new_sandbox_id,
     new_uuid,
 )
+from sandyard.server.core.node_ops import DropSnapshot, EnsureSnapshot
 from sandyard.server.core.records import Activity, Claim, Sandbox, Snapshot, StoragePeriod
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.actor import Actor
@@ -269,7 +270,7 @@ class Snapshots:
         if self._nodes.has(snapshot.node_id):
             # If the node does not answer, its files are removed once it does.
             with suppress(UnavailableError):
-                await self._nodes.get(snapshot.node_id).drop_snapshot(snapshot.id)
+                await self._nodes.get(snapshot.node_id).do(DropSnapshot(snapshot.id))
         return snapshot
 
     async def fork(
@@ -494,11 +495,13 @@ class Snapshots:
             if now.status not in _SAVABLE:
                 raise refusal(now, doing="save")
             try:
-                fact = await node.ensure_snapshot(
-                    snapshot.id,
-                    sandbox_id=now.id,
-                    incarnation=now.incarnation,
-                    version=now.version,
+                fact = await node.do(
+                    EnsureSnapshot(
+                        snapshot.id,
+                        sandbox_id=now.id,
+                        incarnation=now.incarnation,
+                        version=now.version,
+                    )
                 )
             except (NotFoundError, ConflictError):
                 # It may have been resumed at this moment, or changed otherwise.

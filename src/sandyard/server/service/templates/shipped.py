@@ -9,6 +9,7 @@ from typing import Final
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeControl, TemplateFact, TemplateStatus
 from sandyard.server.core.errors import ConflictError, InvalidArgumentError, UnavailableError
+from sandyard.server.core.node_ops import ListTemplates
 from sandyard.server.service.nodes import Nodes
 
 _FRESH_S: Final = 2.0
@@ -135,7 +136,7 @@ class ShippedTemplates:
 async def _templates_of(node: NodeControl) -> tuple[TemplateFact, ...] | None:
     """Return a node's templates, or None if it does not answer."""
     try:
-        told = await node.templates()
+        told = await node.do(ListTemplates())
     except UnavailableError:
         return None
     # A word of a newer node: in any case it is not ready.

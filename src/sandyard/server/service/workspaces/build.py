@@ -1,10 +1,8 @@
 """Builds the services about workspaces."""
 
-from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from sandyard.server.core.contracts.node import NodeExports
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.workspaces.files import WorkspaceFiles
@@ -23,13 +21,12 @@ def build_workspaces(
     platform: Platform,
     *,
     volumes: Volumes,
-    exports: Mapping[str, NodeExports],
     threads: Executor,
     quota_bytes: int,
     upload_max: int,
 ) -> WorkspaceServices:
     """Return the services on volumes; `threads` do the file system's work."""
-    workspaces = Workspaces(platform, volumes=volumes, quota_bytes=quota_bytes, exports=exports)
+    workspaces = Workspaces(platform, volumes=volumes, quota_bytes=quota_bytes)
     files = WorkspaceFiles(
         workspaces=workspaces,
         volumes=volumes,

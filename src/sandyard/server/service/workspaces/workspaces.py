@@ -5,12 +5,10 @@ is interrupted, and interrupted deletions are resumed.
 """
 
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from sandyard.server.core.contracts.node import NodeExports
 from sandyard.server.core.contracts.store import Transaction, Turn
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import (
@@ -24,6 +22,7 @@ from sandyard.server.core.errors import (
     WorkspaceInUseError,
 )
 from sandyard.server.core.ids import PERSONAL, check_slug, is_uuid, new_uuid, slug_of
+from sandyard.server.core.node_ops import WithdrawWorkspace
 from sandyard.server.core.records import Activity, Sandbox, StoragePeriod, User, Workspace
 from sandyard.server.service.actor import Actor, plan_of
 from sandyard.server.service.lines import line
@@ -38,7 +37,6 @@ _BEAT_S = 60.0
 _DUTY = "workspaces"
 _DUTY_LASTS = timedelta(seconds=1.5 * _BEAT_S)
 _RESTS = 2  # beats, after which another server has taken the duty
-_WITHDRAW_S = 10.0
 _ACCESS = timedelta(minutes=1)
 _GIB = 1024**3
 
@@ -69,7 +67,6 @@ class Workspaces:
         *,
         volumes: Volumes,
         quota_bytes: int,
-        exports: Mapping[str, NodeExports],
     ) -> None:
         self._store = platform.store
         self._server_id = platform.server_id
@@ -79,7 +76,7 @@ class Workspaces:
         self._clock = platform.clock
         self._plans = platform.plans
         self._quota_bytes = quota_bytes
-        self._exports = exports
+        self._nodes = platform.nodes
 
     async def page(self, actor: Actor, *, of_all: bool) -> tuple[list[Owned], Storage]:
         """Return the organization's workspaces and the actor's own, for an admin with `of_all`
@@ -284,12 +281,8 @@ class Workspaces:
 
     async def _erase(self, workspace: Workspace) -> None:
         # Whether it was mounted is not asked: a node's report may be late.
-        for node_id, node in self._exports.items():
-            try:
-                async with self._clock.timeout(_WITHDRAW_S):
-                    await node.withdraw(workspace.id)
-            except TimeoutError as error:
-                raise DeadlineExceededError(f"the node {node_id} does not unmount it") from error
+        for node in self._nodes.all():
+            await node.do(WithdrawWorkspace(workspace.id))
         await self._volumes.remove(workspace.id)
         async with self._store.write(workspace.org_id) as tx:
             await tx.workspaces.erase(workspace.id)
