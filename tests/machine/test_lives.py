@@ -250,8 +250,10 @@ def test_a_hypervisor_that_fails_during_a_resume_costs_no_memory(
             pytest.skip("NOT RUN: its hypervisor was killed too late")
     else:
         pytest.skip("NOT RUN: no resume was caught before its agent answered")
-    assert "it is paused as before" in answer.json()["error"]["message"], answer.text
-    assert server.status(box) == "paused"
+    # On a busy host the request ends before it is known that the resume has failed.
+    said = answer.json()["error"]["message"]
+    assert "it is paused as before" in said or "it is still resuming" in said, answer.text
+    wait_until(lambda: server.status(box) == "paused", limit_s=300)
     if harm is signal.SIGSTOP:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
