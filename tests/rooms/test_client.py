@@ -484,12 +484,12 @@ async def test_secrets_and_network_rules(opened: Door) -> None:
         box = await concurrently(
             lambda: yard.create("base-minimal", network={"inject": INJECT}, wait_s=20)
         )
-        assert (await concurrently(box.network))["inject"] == INJECT
+        assert (await concurrently(box.network.rules))["inject"] == INJECT
         rules = await concurrently(
-            lambda: box.set_network(egress="deny", allow=["a.test"], inspect=["b.test"])
+            lambda: box.network.replace(egress="deny", allow=["a.test"], inspect=["b.test"])
         )
         assert (rules["egress"], rules["inspect"], rules["inject"]) == ("deny", ["b.test"], [])
-        assert await concurrently(box.connections) == []
+        assert await concurrently(box.network.connections) == []
         changed = await concurrently(lambda: yard.replace_secret("Token", hosts=["*.a.test"]))
         assert changed.hosts == ("*.a.test",)
         assert [one.name for one in await concurrently(yard.secrets)] == ["TOKEN"]
@@ -498,9 +498,15 @@ async def test_secrets_and_network_rules(opened: Door) -> None:
         await yard.add_secret("TOKEN", "hidden-2", ["a.test"])
         assert (await yard.replace_secret("TOKEN", "hidden-3")).name == "TOKEN"
         box_ = await yard.get(box.id)
-        assert (await box_.set_network(inject=INJECT))["inject"] == INJECT
-        assert (await box_.network())["egress"] == "allow"
-        assert await box_.connections() == []
+        assert (await box_.network.replace(inject=INJECT))["inject"] == INJECT
+        assert (await box_.network.rules())["egress"] == "allow"
+        assert await box_.network.connections() == []
+        with pytest.warns(DeprecationWarning, match=r"use `network\.replace`"):
+            assert (await box_.set_network(egress="deny"))["egress"] == "deny"
+        with pytest.warns(DeprecationWarning, match=r"use `network\.rules\(\)`"):
+            assert (await box_.network())["egress"] == "deny"
+        with pytest.warns(DeprecationWarning, match=r"use `network\.connections`"):
+            assert await box_.connections() == []
         assert len(await yard.secrets()) == 1
         await yard.delete_secret("TOKEN")
         with pytest.raises(NotFoundError):

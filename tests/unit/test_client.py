@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import sandyard
 import sandyard.client as sdk
-from sandyard.client import archives, calls, code
+from sandyard.client import archives, calls, contexts
 from sandyard.client.calls import Call, Heard, Retries, refusal_of, result_of
 from sandyard.client.config import (
     ClientConfig,
@@ -40,7 +40,8 @@ PAIRS = [
     (sdk.Sandyard, sdk.AsyncSandyard), (sdk.Sandbox, sdk.AsyncSandbox),
     (sdk.Files, sdk.AsyncFiles), (sdk.Process, sdk.AsyncProcess), (sdk.Desktop, sdk.AsyncDesktop),
     (sdk.Processes, sdk.AsyncProcesses), (sdk.Contexts, sdk.AsyncContexts),
-    (sdk.Context, sdk.AsyncContext),
+    (sdk.Context, sdk.AsyncContext), (sdk.Network, sdk.AsyncNetwork),
+    (sdk.WorkspaceFiles, sdk.AsyncWorkspaceFiles), (sdk.Terminal, sdk.AsyncTerminal),
 ]  # fmt: skip
 
 
@@ -61,6 +62,18 @@ def test_both_clients_offer_the_same(threads: type, loop: type) -> None:
     assert offered(threads) == offered(loop)
     for name in offered(threads):
         assert inspect.getdoc(getattr(loop, name)), name
+
+
+def test_the_synchronous_client_is_what_is_generated_from_the_other() -> None:
+    script = Path(__file__).parents[2] / "scripts/unasync"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_sandbox_has_not_more_methods_than_a_page_of_help_can_show() -> None:
+    own = vars(sdk.AsyncSandbox).items()
+    methods = [one for one, kind in own if inspect.isroutine(kind) and not one.startswith("_")]
+    assert len(methods) <= 30
 
 
 @pytest.mark.parametrize(
@@ -565,7 +578,7 @@ def test_what_a_callback_raises_is_not_taken_for_an_error_of_the_server() -> Non
         with pytest.raises(ValueError, match="mine"):
             made.told.call()
     for name, data in (("stdout", {"text": "x"}), ("result", {"text": "1", "isMain": True})):
-        run = code._Run(fails, fails, fails)
+        run = contexts.Running(fails, fails, fails)
         fed(run, *event(name, data))
         with pytest.raises(ValueError, match="mine"):
             run.told.call()
@@ -573,7 +586,7 @@ def test_what_a_callback_raises_is_not_taken_for_an_error_of_the_server() -> Non
     async def waits(_: object) -> None:
         raise AssertionError
 
-    run = code._Run(waits, None, None)
+    run = contexts.Running(waits, None, None)
     fed(run, *event("stdout", {"text": "x"}))
     with pytest.raises(TypeError, match="AsyncSandbox"):
         run.told.call()
@@ -671,7 +684,9 @@ def test_options_are_fields_of_the_api_and_no_misspelling_passes() -> None:
 
 
 def test_languages_have_their_usual_names() -> None:
-    names = {one: code.name_of(one) for one in ("js", "JavaScript", "node", "sh", "py", "cobol")}
+    names = {
+        one: contexts.name_of(one) for one in ("js", "JavaScript", "node", "sh", "py", "cobol")
+    }
     assert names == {
         "js": "node", "JavaScript": "node", "node": "node", "sh": "bash", "py": "python",
         "cobol": "cobol",
@@ -680,7 +695,7 @@ def test_languages_have_their_usual_names() -> None:
 
 def test_what_code_reports_is_collected() -> None:
     told: list[object] = []
-    run = code._Run(told.append, None, told.append)
+    run = contexts.Running(told.append, None, told.append)
     lines = [
         *event("stdout", {"text": "é"}), *event("stderr", {"text": "e"}),
         *event("result", {"text": "x", "png": "aGk=", "isMain": False, "truncated": False}),

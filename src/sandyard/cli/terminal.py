@@ -15,9 +15,8 @@ import typer
 from sandyard.cli.output import write_raw
 from sandyard.client import Exited, Lost, Printed, Process, Sandyard, SandyardError, TransferError
 from sandyard.client.attach import Attachment
-from sandyard.client.calls import milliseconds
+from sandyard.client.calls import SHELL, milliseconds
 from sandyard.client.options import ProcessOptions
-from sandyard.client.terminals import SHELL
 
 _READ = 16 * 1024
 CUT = 74  # EX_IOERR of sysexits.h

@@ -1,10 +1,20 @@
 """The Python SDK: sandboxes from Python, over httpx alone."""
 
-from sandyard.client.aio import AsyncSandbox, AsyncSandyard
-from sandyard.client.client import Sandbox, Sandyard
-from sandyard.client.code import AsyncContext, AsyncContexts, Context, Contexts
+from sandyard.client._async.client import AsyncSandbox, AsyncSandyard
+from sandyard.client._async.code import AsyncContext, AsyncContexts
+from sandyard.client._async.desktop import AsyncDesktop
+from sandyard.client._async.local import AsyncFiles, AsyncWatch, AsyncWorkspaceFiles
+from sandyard.client._async.network import AsyncNetwork
+from sandyard.client._async.processes import AsyncProcess, AsyncProcesses
+from sandyard.client._async.terminals import AsyncTerminal
+from sandyard.client._sync.client import Sandbox, Sandyard
+from sandyard.client._sync.code import Context, Contexts
+from sandyard.client._sync.desktop import Desktop
+from sandyard.client._sync.local import Files, Watch, WorkspaceFiles
+from sandyard.client._sync.network import Network
+from sandyard.client._sync.processes import Process, Processes
+from sandyard.client._sync.terminals import Terminal
 from sandyard.client.config import ConfigError
-from sandyard.client.desktop import AsyncDesktop, Desktop
 from sandyard.client.errors import (
     AbsentError,
     ApiError,
@@ -32,7 +42,6 @@ from sandyard.client.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from sandyard.client.files import AsyncFiles, AsyncWatch, Files, Watch
 from sandyard.client.models import (
     BuildLine,
     CodeError,
@@ -61,10 +70,7 @@ from sandyard.client.models import (
     Workspace,
     WorkspaceEntry,
 )
-from sandyard.client.processes import AsyncProcess, AsyncProcesses, Process, Processes
 from sandyard.client.templates import BuildFailedError, Template
-from sandyard.client.terminals import AsyncTerminal, Terminal
-from sandyard.client.workspaces import AsyncWorkspaceFiles, WorkspaceFiles
 
 __all__ = [
     "AbsentError",
@@ -73,6 +79,7 @@ __all__ = [
     "AsyncContexts",
     "AsyncDesktop",
     "AsyncFiles",
+    "AsyncNetwork",
     "AsyncProcess",
     "AsyncProcesses",
     "AsyncSandbox",
@@ -105,6 +112,7 @@ __all__ = [
     "InsufficientCreditsError",
     "IsFolderError",
     "Lost",
+    "Network",
     "NoProcessError",
     "NoSpaceError",
     "NotFolderError",

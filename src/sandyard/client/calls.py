@@ -60,6 +60,8 @@ COMMAND_MAX = 1024 * 1024
 _ONE_REQUEST_S, _ONE_REQUEST_STDIN = 3600.0, 16 * 1024 * 1024
 INPUT_PIECE = 8 * 1024 * 1024
 WAIT_MAX_S = 60
+SHELL = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -l; fi"
+"""A login shell that a machine has."""
 _AGAIN_S = 0.1
 _WAIT_MAX_S = 30.0
 _AWAY_S = 120.0

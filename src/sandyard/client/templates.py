@@ -4,7 +4,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from sandyard.client.models import (
     template_of,
 )
 from sandyard.client.streams import Followed
-from sandyard.client.transport import AsyncTransport, Transport
 
 _TEMPLATES = "/v1/templates"
 _CREDENTIALS = "/v1/registry-credentials"
@@ -147,6 +146,7 @@ class Template:
         return self._with(force=is_forced)
 
     def _from(self, **source: str) -> Self:
+        """List the credentials for registries."""
         left = {
             name: value
             for name, value in self.fields.items()
@@ -216,7 +216,8 @@ def listing() -> Call[list[TemplateInfo]]:
     return Call("GET", _TEMPLATES, lambda a: [template_of(one) for one in a["data"]], safe=True)
 
 
-def _upload(file: IO[bytes]) -> Call[str]:
+def upload(file: IO[bytes]) -> Call[str]:
+    """Upload an archive or a context."""
     return Call(
         "POST",
         f"{_TEMPLATES}/uploads",
@@ -226,7 +227,8 @@ def _upload(file: IO[bytes]) -> Call[str]:
     )
 
 
-def _request(body: Mapping[str, Any]) -> Call[tuple[str, str]]:
+def request(body: Mapping[str, Any]) -> Call[tuple[str, str]]:
+    """Request a build."""
     return Call("POST", _TEMPLATES, lambda a: (a["data"]["slug"], a["data"]["buildId"]), body=body)
 
 
@@ -237,25 +239,30 @@ def _path(slug: str, *parts: object) -> str:
     return path
 
 
-def _builds(slug: str) -> Call[list[TemplateBuild]]:
+def builds(slug: str) -> Call[list[TemplateBuild]]:
+    """List the builds of a template."""
     path = _path(slug, "builds")
     return Call("GET", path, lambda a: [_build_of(one) for one in a["data"]], safe=True)
 
 
-def _cancel(slug: str, build: str) -> Call[TemplateBuild]:
+def cancel(slug: str, build: str) -> Call[TemplateBuild]:
+    """Cancel a build."""
     return Call("POST", _path(slug, "builds", build, "cancel"), lambda a: _build_of(a["data"]))
 
 
-def _versions(slug: str) -> Call[list[TemplateVersion]]:
+def versions(slug: str) -> Call[list[TemplateVersion]]:
+    """List the versions of a template."""
     path = _path(slug, "versions")
     return Call("GET", path, lambda a: [_version_of(one) for one in a["data"]], safe=True)
 
 
-def _tag(slug: str, tag: str, version: int) -> Call[None]:
+def tag(slug: str, tag: str, version: int) -> Call[None]:
+    """Give a version a tag."""
     return Call("PUT", _path(slug, "tags", tag), _nothing, body={"version": version}, safe=True)
 
 
-def _delete(*parts: object) -> Call[None]:
+def delete(*parts: object) -> Call[None]:
+    """Delete a template, a version or a tag."""
     return Call("DELETE", _path(*map(str, parts)), _nothing)
 
 
@@ -263,179 +270,41 @@ def _credential_of(raw: Mapping[str, Any]) -> RegistryCredential:
     return RegistryCredential(raw["id"], raw["host"], raw["username"], raw)
 
 
-def _add_credential(host: str, username: str, password: str) -> Call[RegistryCredential]:
+def add_credential(host: str, username: str, password: str) -> Call[RegistryCredential]:
+    """Add a credential for a registry."""
     body = {"host": host, "username": username, "password": password}
     return Call("POST", _CREDENTIALS, lambda a: _credential_of(a["data"]), body=body)
 
 
-def _credentials() -> Call[list[RegistryCredential]]:
+def credentials() -> Call[list[RegistryCredential]]:
+    """List the credentials for registries."""
     return Call(
         "GET", _CREDENTIALS, lambda a: [_credential_of(one) for one in a["data"]], safe=True
     )
 
 
-def _delete_credential(credential: str) -> Call[None]:
+def delete_credential(credential: str) -> Call[None]:
+    """Delete a credential."""
     return Call("DELETE", part_of(_CREDENTIALS, credential), _nothing)
 
 
-def _ended(following: Following) -> TemplateBuild:
+def ended(following: Following) -> TemplateBuild:
+    """Return the build that was followed to its end.
+
+    Raises:
+        BuildFailedError: it did not succeed.
+    """
+    """Return the build that was followed to its end.
+
+    Raises:
+        BuildFailedError: it did not succeed.
+    """
     build = following.build
     if build is None:
         raise SandyardError("the server did not tell how the build ended")
     if build.status != "ready":
         raise BuildFailedError(build)
     return build
-
-
-class TemplateMethods:
-    """What a client does with templates; a part of `Sandyard`."""
-
-    _transport: Transport
-
-    def templates(self) -> list[TemplateInfo]:
-        """Return the templates of the installation, and the organization's own."""
-        return self._transport.send(listing())
-
-    def build(self, template: Template, *, on_line: OnLine | None = None) -> TemplateBuild:
-        """Build a new version of a template, and return when it can be used. `on_line` is called
-        with each line of the log.
-
-        Raises:
-            BuildFailedError: the build did not succeed.
-            ApiError: the request is refused.
-        """
-        slug, build_id = self.request_build(template)
-        following = Following(slug, build_id)
-        for line in self._transport.follow(following):
-            if on_line is not None:
-                on_line(line)
-        return _ended(following)
-
-    def request_build(self, template: Template) -> tuple[str, str]:
-        """Request a build, and return the slug and the build's id at once."""
-        with ExitStack() as held:
-            files = template.files_to_send(held)
-            uploads = {name: self._transport.send(_upload(one)) for name, one in files.items()}
-        return self._transport.send(_request(template.body(uploads)))
-
-    def build_log(self, slug: str, build: str | None = None) -> Iterator[BuildLine]:
-        """Yield the log of a build, or of the latest one, as it is written."""
-        return self._transport.follow(Following(slug, build))
-
-    def builds(self, slug: str) -> list[TemplateBuild]:
-        """Return the latest builds of a template, newest first."""
-        return self._transport.send(_builds(slug))
-
-    def cancel_build(self, slug: str, build: str) -> TemplateBuild:
-        """Cancel a build."""
-        return self._transport.send(_cancel(slug, build))
-
-    def template_versions(self, slug: str) -> list[TemplateVersion]:
-        """Return the versions of a template, newest first."""
-        return self._transport.send(_versions(slug))
-
-    def tag_template(self, slug: str, tag: str, version: int) -> None:
-        """Give a version a tag, which another one loses."""
-        self._transport.send(_tag(slug, tag, version))
-
-    def untag_template(self, slug: str, tag: str) -> None:
-        """Remove a tag."""
-        self._transport.send(_delete(slug, "tags", tag))
-
-    def delete_template(self, slug: str, version: int | None = None) -> None:
-        """Delete a template, or one version of it. Its sandboxes are not affected."""
-        parts = (slug,) if version is None else (slug, "versions", version)
-        self._transport.send(_delete(*parts))
-
-    def add_registry_credential(
-        self, host: str, username: str, password: str
-    ) -> RegistryCredential:
-        """Keep a name and a password for a registry. Builds name it by its id."""
-        return self._transport.send(_add_credential(host, username, password))
-
-    def registry_credentials(self) -> list[RegistryCredential]:
-        """Return the credentials for registries, newest first and without their passwords."""
-        return self._transport.send(_credentials())
-
-    def delete_registry_credential(self, credential: str) -> None:
-        """Delete a credential."""
-        self._transport.send(_delete_credential(credential))
-
-
-class AsyncTemplateMethods:
-    """See `TemplateMethods`."""
-
-    _transport: AsyncTransport
-
-    async def templates(self) -> list[TemplateInfo]:
-        """See `Sandyard.templates`."""
-        return await self._transport.send(listing())
-
-    async def build(self, template: Template, *, on_line: OnLine | None = None) -> TemplateBuild:
-        """See `Sandyard.build`."""
-        slug, build_id = await self.request_build(template)
-        following = Following(slug, build_id)
-        async for line in self._transport.follow(following):
-            if on_line is not None:
-                on_line(line)
-        return _ended(following)
-
-    async def request_build(self, template: Template) -> tuple[str, str]:
-        """See `Sandyard.request_build`."""
-        with ExitStack() as held:
-            uploads = {
-                name: await self._transport.send(replace(_upload(one), content=_pieces(one)))
-                for name, one in template.files_to_send(held).items()
-            }
-        return await self._transport.send(_request(template.body(uploads)))
-
-    def build_log(self, slug: str, build: str | None = None) -> AsyncIterator[BuildLine]:
-        """See `Sandyard.build_log`."""
-        return self._transport.follow(Following(slug, build))
-
-    async def builds(self, slug: str) -> list[TemplateBuild]:
-        """See `Sandyard.builds`."""
-        return await self._transport.send(_builds(slug))
-
-    async def cancel_build(self, slug: str, build: str) -> TemplateBuild:
-        """See `Sandyard.cancel_build`."""
-        return await self._transport.send(_cancel(slug, build))
-
-    async def template_versions(self, slug: str) -> list[TemplateVersion]:
-        """See `Sandyard.template_versions`."""
-        return await self._transport.send(_versions(slug))
-
-    async def tag_template(self, slug: str, tag: str, version: int) -> None:
-        """See `Sandyard.tag_template`."""
-        await self._transport.send(_tag(slug, tag, version))
-
-    async def untag_template(self, slug: str, tag: str) -> None:
-        """See `Sandyard.untag_template`."""
-        await self._transport.send(_delete(slug, "tags", tag))
-
-    async def delete_template(self, slug: str, version: int | None = None) -> None:
-        """See `Sandyard.delete_template`."""
-        parts = (slug,) if version is None else (slug, "versions", version)
-        await self._transport.send(_delete(*parts))
-
-    async def add_registry_credential(
-        self, host: str, username: str, password: str
-    ) -> RegistryCredential:
-        """See `Sandyard.add_registry_credential`."""
-        return await self._transport.send(_add_credential(host, username, password))
-
-    async def registry_credentials(self) -> list[RegistryCredential]:
-        """See `Sandyard.registry_credentials`."""
-        return await self._transport.send(_credentials())
-
-    async def delete_registry_credential(self, credential: str) -> None:
-        """See `Sandyard.delete_registry_credential`."""
-        await self._transport.send(_delete_credential(credential))
-
-
-async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
-    while piece := file.read(_PIECE):
-        yield piece
 
 
 # --- the context of a Dockerfile ------------------------------------------------------------------

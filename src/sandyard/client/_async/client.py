@@ -1,20 +1,24 @@
-"""The client for asyncio: `AsyncSandbox`, and the `AsyncSandyard` that they belong to."""
+"""`AsyncSandyard` is a connection to a server, `AsyncSandbox` one sandbox."""
 
-import asyncio
 import builtins
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any, Literal, Self, Unpack, overload
 
 from sandyard.client import calls
-from sandyard.client.client import BROKEN, Told
-from sandyard.client.code import AsyncContext, AsyncContexts, Shown, is_absent, name_of
-from sandyard.client.connection import AsyncConnection
-from sandyard.client.desktop import AsyncDesktop
+from sandyard.client._async.code import AsyncContext, AsyncContexts
+from sandyard.client._async.concurrency import Lock, alongside, begun, call_back, finish, sleep
+from sandyard.client._async.connection import AsyncConnection
+from sandyard.client._async.desktop import AsyncDesktop
+from sandyard.client._async.local import AsyncFiles
+from sandyard.client._async.network import AsyncFormerNames, AsyncNetwork
+from sandyard.client._async.processes import AsyncProcess, AsyncProcesses
+from sandyard.client._async.terminals import AsyncTerminal
+from sandyard.client.contexts import Shown, Told, is_absent, name_of
 from sandyard.client.errors import NotFoundError, NotReadyError, SandyardError, StillStartingError
-from sandyard.client.files import AsyncFiles
 from sandyard.client.models import (
     CodeResult,
     Cost,
@@ -34,17 +38,21 @@ from sandyard.client.options import (
     ListOptions,
     listing_options,
 )
-from sandyard.client.processes import AsyncProcess, AsyncProcesses
 from sandyard.client.streams import Statuses
-from sandyard.client.terminals import SHELL, AsyncTerminal
 
-_MOMENT_S = 5.0
-_ENDING: set[asyncio.Task[None]] = set()
-"""Tasks that clean up, held here because asyncio keeps only weak references."""
+BROKEN = frozenset({"failed", "error", "destroyed"})
 
 
 class AsyncSandyard(AsyncConnection):
-    """See `Sandyard`."""
+    """A connection to a server. Use it as a context manager, or call `close`.
+
+    URL and key default to SANDYARD_URL and SANDYARD_API_KEY, then to the command line's
+    configuration, in which `profile` names a section. Idempotent calls are retried up to
+    `retries` times.
+
+    Raises:
+        ConfigError: no server is configured.
+    """
 
     @listing_options
     async def create(
@@ -55,17 +63,21 @@ class AsyncSandyard(AsyncConnection):
         idempotency_key: str | None = None,
         **options: Unpack[CreateOptions],
     ) -> "AsyncSandbox":
-        """See `Sandyard.create`."""
+        """Create a sandbox. See `CreateOptions` for the options.
+
+        Returns when the sandbox is running, or after `wait_s` seconds, 60 at most. Repeating a call
+        with the same `idempotency_key` and options within 24 hours returns the first result.
+        """
         call = calls.create(template, wait_s, idempotency_key, options)
         return AsyncSandbox(self, await self._transport.send(call), is_created=True)
 
     async def get(self, reference: str) -> "AsyncSandbox":
-        """See `Sandyard.get`."""
+        """Return a sandbox by id or name."""
         return await self._sandbox(calls.get(reference))
 
     @listing_options
     async def list(self, **wanted: Unpack[ListOptions]) -> AsyncIterator["AsyncSandbox"]:
-        """See `Sandyard.list`."""
+        """Yield all sandboxes, newest first, or those that are wanted. See `ListOptions`."""
         query = calls.list_query(wanted)
         async for one in self._pages("/v1/sandboxes", query, calls.sandbox_of):
             yield AsyncSandbox(self, one)
@@ -74,14 +86,14 @@ class AsyncSandyard(AsyncConnection):
     async def page(
         self, cursor: str | None = None, *, limit: int = 100, **wanted: Unpack[ListOptions]
     ) -> tuple[builtins.list["AsyncSandbox"], str | None]:
-        """See `Sandyard.page`."""
+        """Return a page of what `list` yields, and the cursor of the next, None after the last."""
         query = {**calls.list_query(wanted), "limit": limit}
         call = calls.page("/v1/sandboxes", query, cursor, calls.sandbox_of)
         found, following = await self._transport.send(call)
         return [AsyncSandbox(self, one) for one in found], following
 
     async def delete(self, reference: str) -> None:
-        """See `Sandyard.delete`."""
+        """Delete a sandbox and wait until it is gone."""
         await self._transport.send(calls.delete(reference))
 
     async def execute(
@@ -96,7 +108,8 @@ class AsyncSandyard(AsyncConnection):
         stdin: str | bytes | None = None,
         user: str | int | None = None,
     ) -> ExecResult:
-        """See `Sandyard.execute`."""
+        """Run a command in a sandbox and return its result. A string is a shell command line, a
+        sequence is a program and its arguments. `timeout_s=None` means no limit."""
         if timeout_s is None or not calls.is_one_request(timeout_s, stdin):
             sandbox = await self.get(reference)
             return await sandbox.exec(
@@ -121,65 +134,69 @@ class AsyncSandyard(AsyncConnection):
         return await self._transport.send(call)
 
     async def pause(self, reference: str) -> "AsyncSandbox":
-        """See `Sandyard.pause`."""
+        """Pause a sandbox: save memory and processes to disk. Return it once its memory is free."""
         await self._transport.send(calls.act(reference, "pause"))
         return await self.get(reference)
 
     async def resume(self, reference: str) -> "AsyncSandbox":
-        """See `Sandyard.resume`."""
+        """Resume a paused sandbox and wait until it is running."""
         await self._transport.send(calls.act(reference, "resume"))
         return await self.get(reference)
 
     async def restart(self, reference: str) -> "AsyncSandbox":
-        """See `Sandyard.restart`."""
+        """Reboot a sandbox from its disk, even if it is unresponsive. Memory is lost."""
         await self._transport.send(calls.act(reference, "restart", safe=False))
         return await self.get(reference)
 
     async def logs(self, reference: str) -> str:
-        """See `Sandyard.logs`."""
+        """Return the end of a sandbox's console log."""
         return await self._transport.send(calls.logs(reference))
 
     async def touch(self, reference: str) -> "AsyncSandbox":
-        """See `Sandyard.touch`."""
+        """Reset the idle timer of a sandbox."""
         return await self._sandbox(calls.act(reference, "touch"))
 
     @listing_options
     async def change(self, reference: str, **changes: Unpack[ChangeOptions]) -> "AsyncSandbox":
-        """See `Sandyard.change`."""
+        """Change a sandbox. See `ChangeOptions` for the options."""
         return await self._sandbox(calls.change(reference, changes))
 
     async def fork(
         self, reference: str, count: int = 1, *, name: str | None = None
     ) -> builtins.list["AsyncSandbox"]:
-        """See `Sandyard.fork`."""
+        """Create sandboxes from the current state of this one: files, memory and processes."""
         made = await self._transport.send(calls.fork(reference, count, name))
         return [AsyncSandbox(self, one, is_created=True) for one in made]
 
     async def snapshot(self, reference: str, name: str | None = None) -> Snapshot:
-        """See `Sandyard.snapshot`."""
+        """Save the current state of a sandbox, which keeps running."""
         return await self._transport.send(calls.snapshot(reference, name))
 
     async def roll_back(self, reference: str, snapshot: str) -> "AsyncSandbox":
-        """See `Sandyard.roll_back`."""
+        """Restore a sandbox to one of its snapshots. Its current state is lost."""
         return await self._sandbox(calls.roll_back(reference, snapshot))
 
     async def url(
         self, reference: str, port: int, *, cookie: bool = False, ttl: int | None = None
     ) -> PreviewUrl:
-        """See `Sandyard.url`."""
+        """Return a preview URL of a port. Anyone who has the URL can use it.
+
+        The token is in the host name, or with `cookie` in the query, and then in a cookie of the
+        browser. The URL is valid for at least `ttl` seconds; the default is the server's setting.
+        """
         return await self._transport.send(calls.url(reference, port, cookie=cookie, ttl=ttl))
 
     async def ssh(self, reference: str) -> SshAccess:
-        """See `Sandyard.ssh`."""
+        """Return how to log in to a sandbox by SSH."""
         return await self._transport.send(calls.ssh(reference))
 
     async def cost(self, reference: str) -> Cost:
-        """See `Sandyard.cost`."""
+        """Return what a sandbox costs."""
         return await self._transport.send(calls.cost(reference))
 
     async def network(self, reference: str) -> Mapping[str, Any]:
-        """See `Sandyard.network`."""
-        return await self._transport.send(calls.network(reference))
+        """Return what a sandbox may reach."""
+        return await self.network_of(reference).rules()
 
     async def set_network(
         self,
@@ -191,44 +208,45 @@ class AsyncSandyard(AsyncConnection):
         inspect: Sequence[str] = (),
         inject: Sequence[Mapping[str, Any]] = (),
     ) -> Mapping[str, Any]:
-        """See `Sandyard.set_network`."""
-        rules = {
-            "egress": egress, "allow": list(allow), "deny": list(deny),
-            "inspect": list(inspect), "inject": [dict(one) for one in inject],
-        }  # fmt: skip
-        return await self._transport.send(calls.set_network(reference, rules))
+        """Replace what a sandbox may reach; see `ChangeOptions.network`. The rules are in force
+        when this returns."""
+        return await self.network_of(reference).replace(
+            egress=egress, allow=allow, deny=deny, inspect=inspect, inject=inject
+        )
 
     async def connections(
         self, reference: str, *, since: float | None = None
     ) -> builtins.list[Mapping[str, Any]]:
-        """See `Sandyard.connections`."""
-        found: builtins.list[Mapping[str, Any]] = await self._transport.send(
-            calls.connections(reference, since)
-        )
-        return found
+        """Return what a sandbox with network rules reached or was refused, oldest first: the
+        latest, or those after a time, in seconds since 1970."""
+        return await self.network_of(reference).connections(since=since)
+
+    def network_of(self, reference: str) -> AsyncNetwork:
+        """Return the network rules of a sandbox, and its connections."""
+        return AsyncNetwork(self._transport, reference)
 
     async def stats(self, reference: str) -> Mapping[str, float]:
-        """See `Sandyard.stats`."""
+        """Return a sandbox's current resource usage."""
         return await self._transport.send(calls.stats(reference))
 
     def files(self, reference: str, *, user: str | int = "root") -> AsyncFiles:
-        """See `Sandyard.files`."""
+        """Return the files of a sandbox, accessed as `user`."""
         return AsyncFiles(self._transport, calls.sandbox_path(reference), str(user))
 
     def desktop(self, reference: str) -> AsyncDesktop:
-        """See `Sandyard.desktop`."""
+        """Return the screen of a sandbox with a desktop template."""
         return AsyncDesktop(self._transport, calls.sandbox_path(reference))
 
     def processes(self, reference: str) -> AsyncProcesses:
-        """See `Sandyard.processes`."""
+        """Return the processes of a sandbox. They keep running when the client disconnects."""
         return AsyncProcesses(self._transport, calls.sandbox_path(reference))
 
     def contexts(self, reference: str) -> AsyncContexts:
-        """See `Sandyard.contexts`."""
+        """Return the interpreters of a sandbox, which keep what their code defined."""
         return AsyncContexts(self._transport, calls.sandbox_path(reference))
 
     async def statuses(self, reference: str) -> AsyncIterator["AsyncSandbox"]:
-        """See `Sandyard.statuses`."""
+        """Yield a sandbox now, and after each change of its status, until it is deleted."""
         async for one in self._transport.follow(Statuses(calls.sandbox_path(reference))):
             yield AsyncSandbox(self, one)
 
@@ -236,11 +254,16 @@ class AsyncSandyard(AsyncConnection):
         return AsyncSandbox(self, await self._transport.send(call))
 
 
-class AsyncSandbox(SandboxFacts):
-    """A sandbox that can be used; see `Sandbox`::
+class AsyncSandbox(SandboxFacts, AsyncFormerNames):
+    """A sandbox.
 
-    async with await AsyncSandbox.create() as sbx:
-        print((await sbx.exec("uname -a")).stdout)
+    `AsyncSandbox.create()` creates one. An `async with` block deletes it at the end::
+
+        async with await AsyncSandbox.create() as sbx:
+            print((await sbx.exec("uname -a")).stdout)
+
+    `AsyncSandbox.connect()` returns an existing one. An `async with` block only closes the
+    connection to it. Callbacks may be coroutine functions.
     """
 
     def __init__(
@@ -256,7 +279,7 @@ class AsyncSandbox(SandboxFacts):
         self._owns_client = owns_client
         self._is_created = is_created
         self._contexts: dict[str, AsyncContext] = {}
-        self._turn = asyncio.Lock()
+        self._turn = Lock()
 
     @classmethod
     @listing_options
@@ -269,7 +292,15 @@ class AsyncSandbox(SandboxFacts):
         idempotency_key: str | None = None,
         **options: Unpack[CreateOptions],
     ) -> "AsyncSandbox":
-        """See `Sandbox.create`."""
+        """Create a sandbox and wait until it is running. See `AsyncSandyard.create`.
+
+        Used in an `async with` block, it is deleted at the end of the block. Without a `client` it
+        opens a connection to the configured server.
+
+        Raises:
+            NotReadyError: it did not start in time. It was deleted, unless the caller passed an
+                `idempotency_key`.
+        """
         own = client or AsyncSandyard()
         # The same key returns the same sandbox, so one whose answer was lost can be deleted. If
         # the caller chose the key, the sandbox is the caller's, too.
@@ -294,14 +325,18 @@ class AsyncSandbox(SandboxFacts):
                     if client is None:
                         await own.close()
 
-            await _to_the_end(undo())
+            await finish(undo)
             raise
 
     @classmethod
     async def connect(
         cls, reference: str, *, client: AsyncSandyard | None = None
     ) -> "AsyncSandbox":
-        """See `Sandbox.connect`."""
+        """Return an existing sandbox, by id or name.
+
+        Used in an `async with` block, only the connection is closed at the end of the block. The
+        sandbox is kept: call `delete` to delete it.
+        """
         own = client or AsyncSandyard()
         try:
             return cls(own, (await own.get(reference)).raw, owns_client=client is None)
@@ -315,8 +350,10 @@ class AsyncSandbox(SandboxFacts):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """See `Sandbox.__exit__`."""
-        await _to_the_end(self._leave(), also=NotFoundError)  # by another client, or its expiry
+        """Delete the sandbox if this object created it and it still exists. Close the connection
+        if it opened one."""
+        # Another client, or its expiry, may have deleted it.
+        await finish(self._leave, ignoring=NotFoundError)
 
     async def _leave(self) -> None:
         try:
@@ -326,28 +363,32 @@ class AsyncSandbox(SandboxFacts):
             await self.close()
 
     async def close(self) -> None:
-        """See `Sandbox.close`."""
+        """Close the connection if this sandbox opened it. The sandbox is not deleted."""
         if self._owns_client:
             await self._client.close()
 
     async def refresh(self) -> Self:
-        """See `Sandbox.refresh`."""
+        """Refresh from the server."""
         self.raw = (await self._client.get(self.id)).raw
         return self
 
     async def is_running(self) -> bool:
-        """See `Sandbox.is_running`."""
+        """Ask the server whether it runs. A sandbox that was deleted does not."""
         try:
             return (await self.refresh()).status == "running"
         except NotFoundError:
             return False
 
     async def set_timeout(self, seconds: int) -> Self:
-        """See `Sandbox.set_timeout`."""
+        """Let it end so many seconds from now, whatever was set before; 0: never."""
         return await self.change(expires_in=seconds)
 
     async def wait_until_ready(self, limit_s: float = 60.0) -> Self:
-        """See `Sandbox.wait_until_ready`."""
+        """Wait until the sandbox is running.
+
+        Raises:
+            NotReadyError: it failed to start, or not in time.
+        """
         until = time.monotonic() + limit_s
         while self.status != "running":
             why = str((self.raw.get("statusReason") or {}).get("message", ""))
@@ -356,7 +397,7 @@ class AsyncSandbox(SandboxFacts):
                 raise NotReadyError(said)
             if time.monotonic() >= until:
                 raise StillStartingError(said)
-            await asyncio.sleep(0.1)
+            await sleep(0.1)
             await self.refresh()
         return self
 
@@ -401,7 +442,17 @@ class AsyncSandbox(SandboxFacts):
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
     ) -> ExecResult | AsyncProcess:
-        """See `Sandbox.exec`. `on_stdout` and `on_stderr` may be coroutine functions."""
+        """Run a command and return its result. A string is a shell command line, a sequence is a
+        program and its arguments.
+
+        In the `background` it is started only: the result is its process, and there is no time
+        limit unless one is given. Otherwise `on_stdout` and `on_stderr` receive output as text
+        while the command runs; `timeout_s=None` means no limit. The result has up to 16 MiB of each
+        stream. A relative `cwd` is below /workspace.
+
+        Raises:
+            CommandFailedError: the exit code is not 0 and `check` is set.
+        """
         if background:
             limit_s = None if timeout_s is calls.EXEC_S else timeout_s
             options = calls.run_options(limit_s, cwd, env, user, make_cwd=make_cwd, has_stdin=False)
@@ -441,8 +492,7 @@ class AsyncSandbox(SandboxFacts):
         async with aclosing(events):
             async for event in events:
                 heard.feed(event)
-                for waiting in heard.told.waiting():
-                    await waiting
+                await call_back(heard.told)
         return calls.checked(heard.result(), command, check=check)
 
     async def run(
@@ -456,7 +506,10 @@ class AsyncSandbox(SandboxFacts):
         stdin: str | bytes | None = None,
         user: str | int | None = None,
     ) -> AsyncGenerator[ProcessEvent, None]:
-        """See `Sandbox.run`."""
+        """Run a command and yield its output as it is printed, and finally its exit.
+
+        The command is ended if the caller stops iterating.
+        """
         options = calls.run_options(
             timeout_s,
             cwd,
@@ -465,30 +518,25 @@ class AsyncSandbox(SandboxFacts):
             make_cwd=make_cwd,
             has_stdin=stdin is not None,
         )
-        starting = asyncio.get_running_loop().create_task(self.processes.start(command, **options))
-        try:
-            process = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await _to_the_end(_end_once_started(starting))
-            raise
+        end = partial(AsyncProcess.signal, signal="SIGKILL", everything=True)
+        process = await begun(lambda: self.processes.start(command, **options), undo=end)
         is_over = False
-        feeding: asyncio.Task[None] | None = None
         try:
-            if stdin is not None:
-                # Concurrently: a process whose output is not read may not read its input.
-                feeding = asyncio.get_running_loop().create_task(process.pour(stdin))
-            async for event in process.events():
-                is_over = isinstance(event, Exited)
-                yield event
+            async with AsyncExitStack() as held:
+                if stdin is not None:
+                    # Concurrently: a process whose output is not read may not read its input.
+                    pouring = alongside(partial(process.pour_until, stdin))
+                    await held.enter_async_context(pouring)
+                async for event in process.events():
+                    is_over = isinstance(event, Exited)
+                    yield event
         except SandyardError:
             # Paused, say, or deleted: ending the process would resume the sandbox.
             is_over = True
             raise
         finally:
-            if feeding is not None:
-                feeding.cancel()
             if not is_over:
-                await _to_the_end(process.signal("SIGKILL", everything=True))
+                await finish(lambda: end(process))
 
     async def run_code(
         self,
@@ -502,7 +550,11 @@ class AsyncSandbox(SandboxFacts):
         on_stderr: Told | None = None,
         on_result: Shown | None = None,
     ) -> CodeResult:
-        """See `Sandbox.run_code`."""
+        """Run Python, JavaScript (`node`) or shell (`bash`) code in a persistent interpreter: later
+        calls see earlier definitions. See `AsyncContext.run`.
+
+        Without a `context`, or its id, this object creates one for each language.
+        """
         own = self._contexts.get(name_of(language)) if context is None else context
         if isinstance(own, str):
             own = await self.contexts.get(own)
@@ -530,7 +582,7 @@ class AsyncSandbox(SandboxFacts):
 
     @property
     def contexts(self) -> AsyncContexts:
-        """See `Sandbox.contexts`."""
+        """Its interpreters, which keep what their code defined."""
         return self._client.contexts(self.id)
 
     async def open_terminal(
@@ -544,9 +596,13 @@ class AsyncSandbox(SandboxFacts):
         env: Mapping[str, str] | None = None,
         user: str | int | None = None,
     ) -> AsyncTerminal:
-        """See `Sandbox.open_terminal`. `on_output` may be a coroutine function."""
+        """Start a program on a terminal; without a `command`, a login shell.
+
+        `on_output` receives what it prints, with the terminal's control sequences. Type with
+        `write`, and wait for its end with `wait`.
+        """
         process = await self.processes.start(
-            command or SHELL,
+            command or calls.SHELL,
             pty={"cols": columns, "rows": rows},
             cwd=cwd,
             env=dict(env or {}),
@@ -556,130 +612,85 @@ class AsyncSandbox(SandboxFacts):
 
     @property
     def files(self) -> AsyncFiles:
-        """See `Sandbox.files`."""
+        """Its files, accessed as root."""
         return self._client.files(self.id)
 
     def files_as(self, user: str | int) -> AsyncFiles:
-        """See `Sandbox.files_as`."""
+        """Return its files, accessed as another user."""
         return self._client.files(self.id, user=user)
 
     @property
     def desktop(self) -> AsyncDesktop:
-        """See `Sandbox.desktop`."""
+        """Its screen, if it has a desktop template."""
         return self._client.desktop(self.id)
 
     @property
     def processes(self) -> AsyncProcesses:
-        """See `Sandbox.processes`."""
+        """Its processes. They keep running when the client disconnects."""
         return self._client.processes(self.id)
 
     async def pause(self) -> Self:
-        """See `Sandbox.pause`."""
+        """Pause it: save memory and processes to disk, and free the host's memory."""
         return self._now(await self._client.pause(self.id))
 
     async def resume(self) -> Self:
-        """See `Sandbox.resume`."""
+        """Resume it."""
         return self._now(await self._client.resume(self.id))
 
     async def restart(self) -> Self:
-        """See `Sandbox.restart`."""
+        """Reboot it from its disk. Memory is lost."""
         return self._now(await self._client.restart(self.id))
 
     async def fork(self, count: int = 1, *, name: str | None = None) -> list["AsyncSandbox"]:
-        """See `Sandbox.fork`."""
+        """Create sandboxes from the current state of this one: files, memory and processes."""
         return await self._client.fork(self.id, count, name=name)
 
     async def snapshot(self, name: str | None = None) -> Snapshot:
-        """See `Sandbox.snapshot`."""
+        """Save its current state. It keeps running."""
         return await self._client.snapshot(self.id, name)
 
     async def roll_back(self, snapshot: str) -> Self:
-        """See `Sandbox.roll_back`."""
+        """Restore it to one of its snapshots. Its current state is lost."""
         return self._now(await self._client.roll_back(self.id, snapshot))
 
     async def url(self, port: int, *, cookie: bool = False, ttl: int | None = None) -> PreviewUrl:
-        """See `Sandbox.url`."""
+        """Return a preview URL of one of its ports. See `AsyncSandyard.url`."""
         return await self._client.url(self.id, port, cookie=cookie, ttl=ttl)
 
     async def ssh(self) -> SshAccess:
-        """See `Sandbox.ssh`."""
+        """Return how to log in to it by SSH."""
         return await self._client.ssh(self.id)
 
     async def cost(self) -> Cost:
-        """See `Sandbox.cost`."""
+        """Return what it has cost since it was created, and what it costs now."""
         return await self._client.cost(self.id)
 
-    async def network(self) -> Mapping[str, Any]:
-        """See `Sandbox.network`."""
-        return await self._client.network(self.id)
-
-    async def set_network(
-        self,
-        *,
-        egress: str = "allow",
-        allow: Sequence[str] = (),
-        deny: Sequence[str] = (),
-        inspect: Sequence[str] = (),
-        inject: Sequence[Mapping[str, Any]] = (),
-    ) -> Mapping[str, Any]:
-        """See `Sandbox.set_network`."""
-        return await self._client.set_network(
-            self.id, egress=egress, allow=allow, deny=deny, inspect=inspect, inject=inject
-        )
-
-    async def connections(self, *, since: float | None = None) -> builtins.list[Mapping[str, Any]]:
-        """See `Sandbox.connections`."""
-        return await self._client.connections(self.id, since=since)
+    @property
+    def network(self) -> AsyncNetwork:
+        """Its network rules, and its connections."""
+        return self._client.network_of(self.id)
 
     async def stats(self) -> Mapping[str, float]:
-        """See `Sandbox.stats`."""
+        """Return its current resource usage."""
         return await self._client.stats(self.id)
 
     async def logs(self) -> str:
-        """See `Sandbox.logs`."""
+        """Return the end of its console log."""
         return await self._client.logs(self.id)
 
     async def touch(self) -> Self:
-        """See `Sandbox.touch`."""
+        """Reset its idle timer."""
         return self._now(await self._client.touch(self.id))
 
     @listing_options
     async def change(self, **changes: Unpack[ChangeOptions]) -> Self:
-        """See `Sandbox.change`."""
+        """Change a sandbox. See `ChangeOptions` for the options."""
         return self._now(await self._client.change(self.id, **changes))
 
     async def delete(self) -> None:
-        """See `Sandbox.delete`."""
+        """Delete it and wait until it is gone."""
         await self._client.delete(self.id)
 
     def _now(self, known: "AsyncSandbox") -> Self:
         self.raw = known.raw
         return self
-
-
-async def _end_once_started(starting: "asyncio.Task[AsyncProcess]") -> None:
-    await (await starting).signal("SIGKILL", everything=True)
-
-
-async def _to_the_end(
-    work: Coroutine[Any, Any, None], *, also: type[SandyardError] = SandyardError
-) -> None:
-    """Run a cleanup in its own task, even while the caller is cancelled. Errors of the server, and
-    those in `also`, are suppressed.
-
-    anyio cancels every wait in a cancelled scope, so the task is awaited for a moment, and
-    continues after that.
-    """
-    doing = asyncio.get_running_loop().create_task(work)
-    _ENDING.add(doing)
-    doing.add_done_callback(_ENDING.discard)
-    until: float | None = None
-    while not doing.done() and (until is None or time.monotonic() < until):
-        try:
-            await asyncio.wait([doing], timeout=None if until is None else 0.1)
-        except asyncio.CancelledError:
-            until = until or time.monotonic() + _MOMENT_S
-    if doing.done() and (error := doing.exception()) and not isinstance(error, also):
-        raise error
-    if until is not None:
-        raise asyncio.CancelledError
