@@ -21,10 +21,10 @@ from sandyard.server.app.installation import secret_key
 from sandyard.server.app.metrics import Metrics
 from sandyard.server.app.node import open_node
 from sandyard.server.app.wiring import open_volumes, sign_up_of
-from sandyard.server.core.contracts.node import NodeControl, NodeReport
+from sandyard.server.core.contracts.node import NodeControl, NodeOperation
 from sandyard.server.core.contracts.store import Store
-from sandyard.server.core.errors import UnavailableError
-from sandyard.server.core.node_ops import EnsureGone, Report
+from sandyard.server.core.errors import UnavailableError, UnsupportedError
+from sandyard.server.core.node_ops import EnsureGone, Report, WithdrawWorkspace
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost
 from sandyard.server.front.dispatch import Dispatch
 from sandyard.server.links.identities import control_name, node_name
@@ -57,11 +57,13 @@ class SilentNode:
     def __init__(self, node_id: str) -> None:
         self.node_id = node_id
 
-    def __getattr__(self, name: str) -> Any:
-        async def ask(*args: object, **kwargs: object) -> Any:
-            raise UnavailableError(f"the node {self.node_id} does not answer")
+    async def do(self, operation: NodeOperation[Any]) -> Any:
+        """Raise, as for a node that cannot be reached; but a workspace it never had is withdrawn.
 
-        return ask
+        The removal of a workspace waits for every node, and here this one would never come back.
+        """
+        if not isinstance(operation, WithdrawWorkspace):
+            raise UnavailableError(f"the node {self.node_id} does not answer")
 
 
 @dataclass
@@ -87,20 +89,23 @@ class SeveralHouse:
         """All nodes as one."""
         return self
 
-    async def report(self) -> NodeReport:
-        """Return what they hold together."""
-        reports = [await one.do(Report()) for one in self.nodes]
-        return replace(
-            reports[0],
-            machines=tuple(fact for one in reports for fact in one.machines),
-            snapshots=tuple(name for one in reports for name in one.snapshots),
-            shelves=tuple(shelf for one in reports for shelf in one.shelves),
-        )
-
-    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
-        """Remove a machine wherever it is."""
-        for one in self.nodes:
-            await one.do(EnsureGone(sandbox_id, incarnation=incarnation))
+    async def do(self, operation: NodeOperation[Any]) -> Any:
+        """Return what they hold together, or remove a machine wherever it is."""
+        match operation:
+            case Report():
+                reports = [await one.do(operation) for one in self.nodes]
+                return replace(
+                    reports[0],
+                    machines=tuple(fact for one in reports for fact in one.machines),
+                    snapshots=tuple(name for one in reports for name in one.snapshots),
+                    shelves=tuple(shelf for one in reports for shelf in one.shelves),
+                )
+            case EnsureGone():
+                for one in self.nodes:
+                    await one.do(operation)
+                return None
+            case _:
+                raise UnsupportedError(f"{operation.op} concerns one node")
 
 
 class _InTurn(httpx.AsyncBaseTransport):

@@ -35,7 +35,7 @@ class Capacity:
         self._admission.check_disk(shape)
 
     async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
-        """See core.contracts.node.NodeControl.find_room."""
+        """See core.node_ops.FindRoom."""
         image = self._images.current(template)
         # Each machine that is about to start may claim one of the pool.
         coming = self._ledger.totals().coming

@@ -75,7 +75,7 @@ class Jobs:
     def bring_up(self, owner: Owner, wish: MachineWish, step: Step) -> Work:
         """Return the job that brings up the requested machine; see `phases` for the steps.
 
-        It raises what NodeControl.ensure_running does.
+        It raises what core.node_ops.EnsureRunning names.
         """
         match step:
             case Step.START | Step.REPLACE:
@@ -431,7 +431,7 @@ class Jobs:
     async def snapshot(self, owner: Owner, folder: Path) -> None:
         """Save a machine, running or paused, to a new folder.
 
-        Raises: see NodeControl.ensure_snapshot.
+        Raises: see core.node_ops.EnsureSnapshot.
         """
         resident = owner.resident
         self._capacity.check_disk(Shape(1, resident.shape.memory_mib, 0))

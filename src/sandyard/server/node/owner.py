@@ -218,7 +218,7 @@ class Owner:
     async def bring_up(self, wish: MachineWish, work: Callable[[Step], Work]) -> MachineFact:
         """Return once the requested incarnation runs. `work` returns the job for a step.
 
-        Raises: see NodeControl.ensure_running.
+        Raises: see core.node_ops.EnsureRunning.
         """
         for _ in range(_TRIES):
             self._check_wanted(wish)

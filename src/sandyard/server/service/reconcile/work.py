@@ -224,7 +224,7 @@ class Work:
             await self._is_up(claim, fact, used="resumed")
 
     async def _running(self, node: NodeControl, wish: MachineWish) -> MachineFact:
-        """Return once a machine runs as requested; see NodeControl.ensure_running.
+        """Return once a machine runs as requested; see core.node_ops.EnsureRunning.
 
         Raises:
             UnavailableError: also if the node cannot enforce its network rules.

@@ -60,7 +60,7 @@ async def put_in_force(
     the rules that are in force may be wider. `reported` is the digest of the rules that the node
     reports, if that is known.
 
-    Raises: see `NodeControl.ensure_network` and `Networks.credentials_of`.
+    Raises: see `core.node_ops.EnsureNetwork` and `Networks.credentials_of`.
     """
     incarnation, version = sandbox.incarnation, sandbox.version
     try:
