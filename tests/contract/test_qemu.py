@@ -1,11 +1,12 @@
 """What QEMU alone has to pass: its monitor and its files lie where a guest may come."""
 
 import asyncio
+import gc
 import os
 import socket
 import subprocess
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,6 +53,25 @@ async def test_a_machine_that_found_the_disk_full_is_told_of_although_it_tries_a
     assert await machine.stall() is not None
     assert told.calls == ["cont", "stop", "cont", "cont"]
     assert await machine.stall() is None, "whatever keeps it from answering is no full disk"
+
+
+async def test_a_connection_to_the_monitor_broken_off_at_any_step_is_closed(tmp_path: Path) -> None:
+    async def greet_nobody(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            await reader.read()
+        writer.close()
+
+    path = tmp_path / "qmp.sock"
+    async with await asyncio.start_unix_server(greet_nobody, path):
+        for steps in range(20):
+            connecting = asyncio.create_task(Monitor.connect(path, pid=os.getpid()))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            connecting.cancel()
+            await asyncio.wait([connecting])
+            assert connecting.cancelled()
+            del connecting
+            gc.collect()  # a socket left open is a warning, which is an error here
 
 
 @pytest.mark.machine

@@ -49,7 +49,13 @@ class Monitor:
             client.logger.setLevel("CRITICAL")
             try:
                 async with asyncio.timeout(_LIMIT_S):
-                    await client.connect(await _connected(path, pid))
+                    connected = await _connected(path, pid)
+                    try:
+                        await client.connect(connected)
+                    except BaseException:
+                        # The client closes it too, unless it was cancelled before it took it over.
+                        connected.close()
+                        raise
             except (QMPError, OSError, TimeoutError) as error:
                 # QEMU creates the socket a moment before it listens on it.
                 is_early = isinstance(error, ConnectionRefusedError)
