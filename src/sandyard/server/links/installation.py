@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from sandyard.server.core.contracts.cluster import Application, Identity, trust_of
+from typing_extensions import override
+
+from sandyard.server.core.contracts.cluster import Application, Identity, Registrar, trust_of
 from sandyard.server.core.errors import ConflictError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.links.identities import Authority, control_name, new_request, node_name
@@ -170,7 +172,7 @@ def is_control_of(installation: str) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefix)
 
 
-class InstallationRegistrar:
+class InstallationRegistrar(Registrar):
     """See core.contracts.cluster.Registrar; `servers` are where NATS is. `installation` may be
     replaced by one with other authorities."""
 
@@ -182,8 +184,8 @@ class InstallationRegistrar:
         self._now = now
 
     @property
+    @override
     def trust(self) -> str:
-        """See core.contracts.cluster.Registrar.trust."""
         own = self.installation
         return trust_of(
             own.authority.certificate.decode(),
@@ -191,8 +193,8 @@ class InstallationRegistrar:
             own.nats_trusted.decode(),
         )
 
+    @override
     def identity_of(self, node_id: str, application: Application) -> Identity:
-        """See core.contracts.cluster.Registrar.identity_of."""
         own, now = self.installation, self._now()
         name = node_name(own.id, node_id)
         request = application.request.encode()

@@ -10,6 +10,9 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from typing_extensions import override
+
+from sandyard.server.core.contracts.bus import Bus, Subscription
 from sandyard.server.core.contracts.clock import Clock
 
 log = logging.getLogger(__name__)
@@ -20,23 +23,23 @@ _STEP: Final = timedelta(seconds=60)
 _LASTS_S: Final = 300
 
 
-class SystemClock:
+class SystemClock(Clock):
     """See core.contracts.clock.Clock."""
 
+    @override
     def now(self) -> datetime:
-        """See core.contracts.clock.Clock.now."""
         return datetime.now(UTC)
 
+    @override
     def monotonic(self) -> float:
-        """See core.contracts.clock.Clock.monotonic."""
         return time.monotonic()
 
+    @override
     async def sleep(self, seconds: float) -> None:
-        """See core.contracts.clock.Clock.sleep."""
         await asyncio.sleep(seconds)
 
+    @override
     def timeout(self, seconds: float) -> AbstractAsyncContextManager[object]:
-        """See core.contracts.clock.Clock.timeout."""
         return asyncio.timeout(seconds)
 
 
@@ -53,8 +56,9 @@ class AgreedClock(SystemClock):
         self._agreed: tuple[datetime, float] | None = None
         self._step: tuple[timedelta, float] | None = None
 
+    @override
     def now(self) -> datetime:
-        """See core.contracts.clock.Clock.now; this host's until something was agreed."""
+        """Return the time agreed with the control plane; before that, this host's."""
         if self._agreed is None:
             return super().now()
         moment, at = self._agreed
@@ -102,7 +106,7 @@ class AgreedClock(SystemClock):
             self._step = self._step[0], -math.inf
 
 
-class LocalSubscription:
+class LocalSubscription(Subscription):
     """See core.contracts.bus.Subscription."""
 
     def __init__(self, clock: Clock) -> None:
@@ -113,8 +117,8 @@ class LocalSubscription:
         """Note that a hint has arrived."""
         self._hinted.set()
 
+    @override
     async def wait(self, limit_s: float) -> bool:
-        """See core.contracts.bus.Subscription.wait."""
         try:
             async with self._clock.timeout(limit_s):
                 await self._hinted.wait()
@@ -124,21 +128,21 @@ class LocalSubscription:
         return True
 
 
-class LocalBus:
+class LocalBus(Bus):
     """See core.contracts.bus.Bus."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._topics: defaultdict[str, set[LocalSubscription]] = defaultdict(set)
 
+    @override
     def hint(self, topic: str) -> None:
-        """See core.contracts.bus.Bus.hint."""
         for subscription in self._topics.get(topic, ()):
             subscription.wake()
 
     @contextmanager
+    @override
     def subscribe(self, topic: str) -> Iterator[LocalSubscription]:
-        """See core.contracts.bus.Bus.subscribe."""
         subscription = LocalSubscription(self._clock)
         self._topics[topic].add(subscription)
         try:

@@ -5,8 +5,15 @@ import logging
 from typing import Any
 
 import stripe
+from typing_extensions import override
 
-from sandyard.server.core.contracts.payments import KEY_PREFIX, Checkout, Payment, Reversal
+from sandyard.server.core.contracts.payments import (
+    KEY_PREFIX,
+    Checkout,
+    Payment,
+    Payments,
+    Reversal,
+)
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -30,27 +37,27 @@ _WITHHELD = frozenset({"needs_response", "under_review", "lost"})
 _PAID = ("checkout.session.completed", "checkout.session.async_payment_succeeded")
 
 
-class NoPayments:
+class NoPayments(Payments):
     """Used when no provider is configured: refuses everything and says what to do."""
 
+    @override
     async def check_out(
         self, *, org_id: str, amount_cents: int, success_url: str, cancel_url: str
     ) -> Checkout:
-        """See core.contracts.payments.Payments.check_out."""
         raise _not_set_up()
 
+    @override
     async def charge(
         self, *, org_id: str, customer_id: str, amount_cents: int, key: str
     ) -> Payment:
-        """See core.contracts.payments.Payments.charge."""
         raise _not_set_up()
 
+    @override
     async def read_event(self, payload: bytes, signature: str) -> Payment | Reversal | None:
-        """See core.contracts.payments.Payments.read_event."""
         raise _not_set_up()
 
 
-class StripePayments:
+class StripePayments(Payments):
     """See core.contracts.payments.Payments."""
 
     def __init__(
@@ -70,10 +77,10 @@ class StripePayments:
         """Close the connections."""
         await self._http.close_async()
 
+    @override
     async def check_out(
         self, *, org_id: str, amount_cents: int, success_url: str, cancel_url: str
     ) -> Checkout:
-        """See core.contracts.payments.Payments.check_out."""
         try:
             made = await self._client.v1.checkout.sessions.create_async(
                 {
@@ -111,10 +118,10 @@ class StripePayments:
             raise UnavailableError("the payment provider's response contains no payment page")
         return Checkout(made.url, made.id)
 
+    @override
     async def charge(
         self, *, org_id: str, customer_id: str, amount_cents: int, key: str
     ) -> Payment:
-        """See core.contracts.payments.Payments.charge."""
         try:
             methods = await self._client.v1.customers.payment_methods.list_async(
                 customer_id, {"limit": 1, "type": "card"}
@@ -151,8 +158,8 @@ class StripePayments:
             key=key,
         )
 
+    @override
     async def read_event(self, payload: bytes, signature: str) -> Payment | Reversal | None:
-        """See core.contracts.payments.Payments.read_event."""
         if self._webhook_secret is None:
             raise _not_set_up("billing.stripe_webhook_secret")
         try:

@@ -14,9 +14,10 @@ from typing import Any
 
 import httpx
 import jwt
+from typing_extensions import override
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.people import Session
+from sandyard.server.core.contracts.people import Session, Sessions
 from sandyard.server.core.errors import InvalidTokenError, TokenExpiredError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Provider:
     role_claim: str = "role"
 
 
-class JwtSessions:
+class JwtSessions(Sessions):
     """See core.contracts.people.Sessions."""
 
     def __init__(self, provider: Provider, clock: Clock) -> None:
@@ -59,8 +60,8 @@ class JwtSessions:
         self._tried_at: float | None = None
         self._fetching = asyncio.Lock()
 
+    @override
     async def read(self, token: str) -> Session:
-        """See core.contracts.people.Sessions.read."""
         key = await self._key_of(token)
         provider = self._provider
         # Time is judged by the installation's clock, and the issuer by our own rule.

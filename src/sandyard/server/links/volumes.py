@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 
-from sandyard.server.core.contracts.volumes import VolumeUse
+from typing_extensions import override
+
+from sandyard.server.core.contracts.volumes import Volumes, VolumeUse
 from sandyard.server.core.errors import NotFoundError, UnavailableError
 from sandyard.server.tasks import in_thread
 
@@ -29,7 +31,7 @@ _MENDABLE_BYTES = 64 * 2**20
 _DELETED = "cannot find the workspace: it was deleted"
 
 
-class ImageVolumes:
+class ImageVolumes(Volumes):
     """Each volume is an ext4 file system in a sparse file, mounted while it is in use.
 
     The kernel therefore enforces the size of a volume exactly for all writers, its usage is known
@@ -53,8 +55,8 @@ class ImageVolumes:
         self._stuck: set[str] = set()
 
     @contextlib.asynccontextmanager
+    @override
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
-        """See core.contracts.volumes.Volumes.open."""
         async with self._locked(workspace_id), _typed_errors():
             if workspace_id in self._gone:
                 raise NotFoundError(_DELETED)
@@ -66,8 +68,8 @@ class ImageVolumes:
             self._users[workspace_id] -= 1
             self._used_at[workspace_id] = self._monotonic()
 
+    @override
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
-        """See core.contracts.volumes.Volumes.use_of."""
         async with self._locked(workspace_id), _typed_errors():
             left = await in_thread(_left, self._folder, self._floor_bytes)
             if workspace_id in self._gone or not self._image(workspace_id).exists():
@@ -77,8 +79,8 @@ class ImageVolumes:
         used = (found.f_blocks - found.f_bfree) * found.f_frsize - self._base(workspace_id)
         return VolumeUse(max(0, used), quota_bytes, left)
 
+    @override
     async def stuck(self, workspace_ids: Collection[str]) -> list[str]:
-        """See core.contracts.volumes.Volumes.stuck."""
         async with _typed_errors():
             # Another user, a download say, would prevent the repair.
             free = [one for one in workspace_ids if self._users[one] <= 1]
@@ -93,8 +95,8 @@ class ImageVolumes:
         is_known = workspace_id in self._stuck or _shows_that_it_is_stuck(self._place(workspace_id))
         return is_known and _left(self._folder, 0) >= _MENDABLE_BYTES
 
+    @override
     async def remove(self, workspace_id: str) -> None:
-        """See core.contracts.volumes.Volumes.remove."""
         async with self._locked(workspace_id), _typed_errors():
             if self._users[workspace_id]:
                 raise UnavailableError("cannot remove the workspace now: its files are in use")
@@ -106,8 +108,8 @@ class ImageVolumes:
                 await in_thread(one.unlink, missing_ok=True)
         self._used_at.pop(workspace_id, None)
 
+    @override
     async def rest(self, *, idle_s: float = _IDLE_S) -> None:
-        """See core.contracts.volumes.Volumes.rest."""
         until = self._monotonic() - idle_s
         try:
             mounted = [one.name for one in self._folder.iterdir() if one.is_mount()]
@@ -292,7 +294,7 @@ def _is_stuck(place: Path) -> bool:
     return False
 
 
-class FolderVolumes:
+class FolderVolumes(Volumes):
     """Each volume is a plain folder, for mounts shared by several servers and hosts that cannot
     mount images. The size of a volume is checked when data is written through the API."""
 
@@ -302,8 +304,8 @@ class FolderVolumes:
         self._gone: set[str] = set()
 
     @contextlib.asynccontextmanager
+    @override
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
-        """See core.contracts.volumes.Volumes.open."""
         del quota_bytes
         place = self._folder / workspace_id
         if workspace_id in self._gone:
@@ -312,26 +314,28 @@ class FolderVolumes:
             await in_thread(_made, place)
         yield place
 
+    @override
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
-        """See core.contracts.volumes.Volumes.use_of."""
         async with _typed_errors():
             used = await in_thread(_taken, self._folder / workspace_id)
             left = await in_thread(_left, self._folder, self._floor_bytes)
         return VolumeUse(used, quota_bytes, left)
 
+    @override
     async def stuck(self, workspace_ids: Collection[str]) -> list[str]:
-        """See core.contracts.volumes.Volumes.stuck: a plain folder never is."""
+        """Return none: a plain folder is never stuck."""
         del workspace_ids
         return []
 
+    @override
     async def remove(self, workspace_id: str) -> None:
-        """See core.contracts.volumes.Volumes.remove."""
         self._gone.add(workspace_id)
         async with _typed_errors():
             await in_thread(_remove_tree, self._folder / workspace_id)
 
+    @override
     async def rest(self) -> None:
-        """See core.contracts.volumes.Volumes.rest: nothing is held open."""
+        """Do nothing: no file is held open."""
 
     async def close(self) -> None:
         """Does nothing: nothing is held open."""

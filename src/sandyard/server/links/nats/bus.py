@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from typing import Final
 
-from sandyard.server.core.contracts.bus import Subscription
+from typing_extensions import override
+
+from sandyard.server.core.contracts.bus import Bus, Subscription
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.links.local import LocalBus
@@ -19,7 +21,7 @@ _HINT: Final = "hint"
 _WAITING_MAX: Final = 10_000
 
 
-class NatsBus:
+class NatsBus(Bus):
     """See core.contracts.bus.Bus. Use `hinting`."""
 
     def __init__(self, link: Link, clock: Clock) -> None:
@@ -29,8 +31,8 @@ class NatsBus:
         self._has_some = asyncio.Event()
         link.listen(f"{_HINT}.>", self._take)
 
+    @override
     def hint(self, topic: str) -> None:
-        """See core.contracts.bus.Bus.hint."""
         self._here.hint(topic)
         if len(self._waiting) < _WAITING_MAX:
             self._waiting[topic] = None
@@ -41,8 +43,8 @@ class NatsBus:
         too."""
         self._here.hint(topic)
 
+    @override
     def subscribe(self, topic: str) -> AbstractContextManager[Subscription]:
-        """See core.contracts.bus.Bus.subscribe."""
         return self._here.subscribe(topic)
 
     def _take(self, heard: NatsMessage) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
+from typing_extensions import override
+
 from sandyard.server.core.codec import CodecError
-from sandyard.server.core.contracts.node import NodeOperation
+from sandyard.server.core.contracts.node import NodeControl, NodeOperation
 from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.ops import AnswerT
@@ -46,7 +48,7 @@ class Inbox:
             came.put_nowait(heard)
 
 
-class RemoteNode:
+class RemoteNode(NodeControl):
     """The node that listens as `node_id`. See core.contracts.node.NodeControl.
 
     If NATS or the node does not answer, the request may have been executed.
@@ -58,12 +60,12 @@ class RemoteNode:
         self._node_id = node_id
 
     @property
+    @override
     def node_id(self) -> str:
-        """See core.contracts.node.NodeControl.node_id."""
         return self._node_id
 
+    @override
     async def do(self, operation: NodeOperation[AnswerT]) -> AnswerT:
-        """See core.contracts.node.NodeControl.do."""
         request = request_of(operation)
         until = asyncio.get_running_loop().time() + _BACK_S
         while (heard := await self._heard(request)).is_undelivered:

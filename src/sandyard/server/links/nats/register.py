@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, TypeVar
 
+from typing_extensions import override
+
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.cluster import Beat, Grant, Hello, Presence, Welcome
 from sandyard.server.core.errors import (
@@ -99,7 +101,7 @@ async def _said(registry: Presence, node_id: str, word: str, heard: NatsMessage)
         raise InvalidArgumentError(f"cannot read the message: {error}") from error
 
 
-class NatsPresence:
+class NatsPresence(Presence):
     """See core.contracts.cluster.Presence: whichever control plane hears it.
 
     Raises, by any method: UnavailableError if none answers.
@@ -109,12 +111,12 @@ class NatsPresence:
         self._link = link
         self._inbox = inbox
 
+    @override
     async def hello(self, node_id: str, hello: Hello) -> Welcome:
-        """See core.contracts.cluster.Presence.hello."""
         return await self._asked(f"ctl.{node_id}.hello", hello, Welcome)
 
+    @override
     async def beat(self, node_id: str, beat: Beat) -> Grant:
-        """See core.contracts.cluster.Presence.beat."""
         return await self._asked(f"ctl.{node_id}.beat", beat, Grant)
 
     async def changed(self, node_id: str) -> None:

@@ -16,9 +16,10 @@ from hashlib import sha256
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typing_extensions import override
 
 from sandyard.server.core.errors import InvalidArgumentError
-from sandyard.server.links.nats.link import PREFIX
+from sandyard.server.links.nats.link import PREFIX, NatsLogin
 
 _ANSWERS_MAX: Final = 100_000
 _ANSWERS_FOR: Final = timedelta(hours=2)
@@ -45,6 +46,7 @@ class Key:
         """Return a new key."""
         return cls(role, Ed25519PrivateKey.generate().private_bytes_raw())
 
+    @override
     def __repr__(self) -> str:
         return f"Key({self.role.name})"
 
@@ -190,18 +192,18 @@ def _base64(data: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class KeyLogin:
+class KeyLogin(NatsLogin):
     """See link.NatsLogin: a key, and a token that was issued for it."""
 
     key: Key
     current: "NatsToken"
 
+    @override
     def token(self) -> str:
-        """See link.NatsLogin.token."""
         return self.current.text
 
+    @override
     def sign(self, nonce: bytes) -> bytes:
-        """See link.NatsLogin.sign."""
         return signature_of(self.key, nonce)
 
 

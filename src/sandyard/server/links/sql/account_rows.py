@@ -5,7 +5,17 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, bindparam, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
+from typing_extensions import override
 
+from sandyard.server.core.contracts.store import (
+    KeyRows,
+    OrganizationRows,
+    ProjectRows,
+    RevokedKeyRows,
+    SshKeyRows,
+    UserRows,
+    WorkspaceRows,
+)
 from sandyard.server.core.errors import AlreadyExistsError
 from sandyard.server.core.records import (
     ApiKey,
@@ -26,14 +36,14 @@ from sandyard.server.links.sql.rows import Connection, older
 _NOT_STORED = frozenset({"owner_display_name", "owner_email"})
 
 
-class OrganizationTable:
+class OrganizationTable(OrganizationRows):
     """See core.contracts.store.OrganizationRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, organization: Organization, project: Project) -> None:
-        """See core.contracts.store.OrganizationRows.add."""
         try:
             await self._connection.execute(insert(t.organizations).values(_plain(organization)))
         except IntegrityError as error:
@@ -52,36 +62,36 @@ class OrganizationTable:
             )
         )
 
+    @override
     async def find(self, org_id: str) -> Organization | None:
-        """See core.contracts.store.OrganizationRows.find."""
         return await self._one(t.organizations.c.id == org_id)
 
+    @override
     async def find_external(self, external_id: str) -> Organization | None:
-        """See core.contracts.store.OrganizationRows.find_external."""
         return await self._one(t.organizations.c.external_id == external_id)
 
+    @override
     async def find_slug(self, slug: str) -> Organization | None:
-        """See core.contracts.store.OrganizationRows.find_slug."""
         return await self._one(t.organizations.c.slug == slug)
 
+    @override
     async def are_several(self) -> bool:
-        """See core.contracts.store.OrganizationRows.are_several."""
         c = t.organizations.c
         found = await self._connection.execute(
             select(c.id).where(c.id > "").order_by(c.id).limit(2)
         )
         return len(found.all()) > 1
 
+    @override
     async def replace(self, organization: Organization) -> None:
-        """See core.contracts.store.OrganizationRows.replace."""
         await self._connection.execute(
             update(t.organizations)
             .where(t.organizations.c.id == organization.id)
             .values(_plain(organization))
         )
 
+    @override
     async def first(self) -> Organization | None:
-        """See core.contracts.store.OrganizationRows.first."""
         c = t.organizations.c
         found = await self._connection.execute(
             select(t.organizations).order_by(c.created_at, c.id).limit(1)
@@ -89,8 +99,8 @@ class OrganizationTable:
         row = found.mappings().first()
         return None if row is None else Organization(**row)
 
+    @override
     async def every(self) -> list[Organization]:
-        """See core.contracts.store.OrganizationRows.every."""
         c = t.organizations.c
         found = await self._connection.execute(select(t.organizations).order_by(c.created_at, c.id))
         return [Organization(**row) for row in found.mappings()]
@@ -101,14 +111,14 @@ class OrganizationTable:
         return None if row is None else Organization(**row)
 
 
-class WorkspaceTable:
+class WorkspaceTable(WorkspaceRows):
     """See core.contracts.store.WorkspaceRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, workspace: Workspace) -> bool:
-        """See core.contracts.store.WorkspaceRows.add."""
         c = t.workspaces.c
         found = await self._connection.execute(
             select(c.id).where(c.org_id == workspace.org_id, c.slug == workspace.slug)
@@ -118,8 +128,8 @@ class WorkspaceTable:
         await self._connection.execute(insert(t.workspaces).values(vars(workspace)))
         return True
 
+    @override
     async def personal(self, org_id: str, user_id: str) -> Workspace | None:
-        """See core.contracts.store.WorkspaceRows.personal."""
         c = t.workspaces.c
         found = await self._connection.execute(
             select(t.workspaces).where(
@@ -132,8 +142,8 @@ class WorkspaceTable:
         row = found.mappings().first()
         return None if row is None else Workspace(**row)
 
+    @override
     async def find(self, org_id: str, reference: str) -> Workspace | None:
-        """See core.contracts.store.WorkspaceRows.find."""
         c = t.workspaces.c
         found = await self._where(
             c.org_id == org_id,
@@ -143,26 +153,26 @@ class WorkspaceTable:
         # A name may look like another's id.
         return min(found, key=lambda one: one.id != reference, default=None)
 
+    @override
     async def of(self, org_id: str) -> list[Workspace]:
-        """See core.contracts.store.WorkspaceRows.of."""
         c = t.workspaces.c
         return await self._where(c.org_id == org_id, c.removed_at.is_(None))
 
+    @override
     async def replace(self, workspace: Workspace) -> None:
-        """See core.contracts.store.WorkspaceRows.replace."""
         values = {name: value for name, value in vars(workspace).items() if name != "id"}
         await self._connection.execute(
             update(t.workspaces).where(t.workspaces.c.id == workspace.id).values(values)
         )
 
+    @override
     async def erase(self, workspace_id: str) -> None:
-        """See core.contracts.store.WorkspaceRows.erase."""
         await self._connection.execute(
             delete(t.workspaces).where(t.workspaces.c.id == workspace_id)
         )
 
+    @override
     async def every(self) -> list[Workspace]:
-        """See core.contracts.store.WorkspaceRows.every."""
         return await self._where()
 
     async def _where(self, *wanted: ColumnElement[bool]) -> list[Workspace]:
@@ -173,19 +183,20 @@ class WorkspaceTable:
         return [Workspace(**row) for row in found.mappings()]
 
 
-class UserTable:
+class UserTable(UserRows):
     """See core.contracts.store.UserRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, user: User) -> None:
-        """See core.contracts.store.UserRows.add."""
         try:
             await self._connection.execute(insert(t.users).values(vars(user)))
         except IntegrityError as error:
             raise _user_exists(user) from error
 
+    @override
     async def find(
         self,
         *,
@@ -193,7 +204,6 @@ class UserTable:
         external_id: str | None = None,
         email: str | None = None,
     ) -> User | None:
-        """See core.contracts.store.UserRows.find."""
         c = t.users.c
         for column, value in ((c.id, user_id), (c.external_id, external_id), (c.email, email)):
             if value is not None:
@@ -202,8 +212,8 @@ class UserTable:
                 return None if row is None else User(**row)
         return None
 
+    @override
     async def replace(self, user: User) -> None:
-        """See core.contracts.store.UserRows.replace."""
         try:
             await self._connection.execute(
                 update(t.users).where(t.users.c.id == user.id).values(vars(user))
@@ -211,8 +221,8 @@ class UserTable:
         except IntegrityError as error:
             raise _user_exists(user) from error
 
+    @override
     async def put_member(self, membership: Membership) -> None:
-        """See core.contracts.store.UserRows.put_member."""
         c = t.memberships.c
         which = and_(c.org_id == membership.org_id, c.user_id == membership.user_id)
         done = await self._connection.execute(
@@ -223,8 +233,8 @@ class UserTable:
         if done.rowcount == 0:
             await self._connection.execute(insert(t.memberships).values(vars(membership)))
 
+    @override
     async def remove_member(self, org_id: str, user_id: str, at: datetime) -> bool:
-        """See core.contracts.store.UserRows.remove_member."""
         c, f = t.memberships.c, t.former_members.c
         done = await self._connection.execute(
             delete(t.memberships).where(c.org_id == org_id, c.user_id == user_id)
@@ -237,8 +247,8 @@ class UserTable:
         )
         return done.rowcount > 0
 
+    @override
     async def removed_at(self, org_id: str, user_id: str) -> datetime | None:
-        """See core.contracts.store.UserRows.removed_at."""
         c = t.former_members.c
         found = await self._connection.execute(
             select(c.removed_at).where(c.org_id == org_id, c.user_id == user_id)
@@ -246,8 +256,8 @@ class UserTable:
         row = found.first()
         return None if row is None else row.removed_at
 
+    @override
     async def member(self, org_id: str, user_id: str) -> Membership | None:
-        """See core.contracts.store.UserRows.member."""
         c = t.memberships.c
         found = await self._connection.execute(
             select(t.memberships).where(c.org_id == org_id, c.user_id == user_id)
@@ -255,8 +265,8 @@ class UserTable:
         row = found.mappings().first()
         return None if row is None else Membership(**row)
 
+    @override
     async def without_workspace(self) -> list[tuple[User, Membership]]:
-        """See core.contracts.store.UserRows.without_workspace."""
         m, w = t.memberships.c, t.workspaces.c
         own = select(w.id).where(
             w.org_id == m.org_id,
@@ -266,8 +276,8 @@ class UserTable:
         )
         return await self._members(~own.exists())
 
+    @override
     async def members(self, org_id: str) -> list[tuple[User, Membership]]:
-        """See core.contracts.store.UserRows.members."""
         return await self._members(t.memberships.c.org_id == org_id)
 
     async def _members(self, wanted: ColumnElement[bool]) -> list[tuple[User, Membership]]:
@@ -287,8 +297,8 @@ class UserTable:
             result.append((user, Membership(org_id, user.id, role, joined, set_at)))
         return result
 
+    @override
     async def organizations_of(self, user_id: str) -> list[tuple[Organization, Membership]]:
-        """See core.contracts.store.UserRows.organizations_of."""
         m = t.memberships.c
         found = await self._connection.execute(
             select(t.organizations, m.role, m.created_at.label("joined_at"), m.role_at)
@@ -307,14 +317,14 @@ class UserTable:
         return result
 
 
-class ProjectTable:
+class ProjectTable(ProjectRows):
     """See core.contracts.store.ProjectRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, project: Project) -> None:
-        """See core.contracts.store.ProjectRows.add."""
         try:
             await self._connection.execute(insert(t.projects).values(vars(project)))
         except IntegrityError as error:
@@ -322,8 +332,8 @@ class ProjectTable:
                 f"cannot use the slug {project.slug!r}: another project has it", field="slug"
             ) from error
 
+    @override
     async def find(self, org_id: str, project_id: str | None) -> Project | None:
-        """See core.contracts.store.ProjectRows.find."""
         if project_id is None:
             found = await self._connection.fetch(_DEFAULT_PROJECT, {"wanted_org": org_id})
         else:
@@ -331,8 +341,8 @@ class ProjectTable:
             found = await self._connection.fetch(_PROJECT, wanted)
         return Project(**found[0]) if found else None
 
+    @override
     async def every(self, org_id: str) -> list[Project]:
-        """See core.contracts.store.ProjectRows.every."""
         c = t.projects.c
         found = await self._connection.execute(
             select(t.projects)
@@ -341,14 +351,14 @@ class ProjectTable:
         )
         return [Project(**row) for row in found.mappings()]
 
+    @override
     async def replace(self, project: Project) -> None:
-        """See core.contracts.store.ProjectRows.replace."""
         await self._connection.execute(
             update(t.projects).where(t.projects.c.id == project.id).values(vars(project))
         )
 
+    @override
     async def remove(self, project: Project, *, heir: Project) -> None:
-        """See core.contracts.store.ProjectRows.remove."""
         # A later version, so that a concurrent change does not restore the old project.
         c = t.sandboxes.c
         await self._connection.execute(
@@ -364,25 +374,25 @@ class ProjectTable:
         await self._connection.execute(delete(t.projects).where(t.projects.c.id == project.id))
 
 
-class KeyTable:
+class KeyTable(KeyRows):
     """See core.contracts.store.KeyRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, key: ApiKey) -> None:
-        """See core.contracts.store.KeyRows.add."""
         await self._connection.execute(insert(t.api_keys).values(_values(key)))
 
+    @override
     async def find(self, org_id: str, key_id: str) -> ApiKey | None:
-        """See core.contracts.store.KeyRows.find."""
         c = t.api_keys.c
         found = await self._connection.execute(_keys().where(c.org_id == org_id, c.id == key_id))
         row = found.mappings().first()
         return None if row is None else _key(row)
 
+    @override
     async def holder(self, digest: str) -> KeyHolder | None:
-        """See core.contracts.store.KeyRows.holder."""
         found = await self._connection.fetch(_HOLDER, {"wanted_digest": digest})
         if not found:
             return None
@@ -391,14 +401,15 @@ class KeyTable:
         plan, limits = values.pop("plan"), values.pop("limits")
         return KeyHolder(_key(values), role, is_operator, plan, limits)
 
+    @override
     async def replace(self, key: ApiKey) -> None:
-        """See core.contracts.store.KeyRows.replace."""
         values = _values(key)
         del values["last_used_at"]  # written by `touch` only
         await self._connection.execute(
             update(t.api_keys).where(t.api_keys.c.id == key.id).values(values)
         )
 
+    @override
     async def page(
         self,
         org_id: str,
@@ -407,7 +418,6 @@ class KeyTable:
         limit: int,
         after: tuple[datetime, str] | None = None,
     ) -> list[ApiKey]:
-        """See core.contracts.store.KeyRows.page."""
         c = t.api_keys.c
         wanted = [c.org_id == org_id, c.revoked_at.is_(None)]
         if owner_user_id is not None:
@@ -419,21 +429,21 @@ class KeyTable:
         )
         return [_key(row) for row in found.mappings()]
 
+    @override
     async def touch(self, key_id: str, at: datetime) -> None:
-        """See core.contracts.store.KeyRows.touch."""
         await self._connection.execute(
             update(t.api_keys).where(t.api_keys.c.id == key_id).values(last_used_at=at)
         )
 
 
-class SshKeyTable:
+class SshKeyTable(SshKeyRows):
     """See core.contracts.store.SshKeyRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, key: SshKey) -> None:
-        """See core.contracts.store.SshKeyRows.add."""
         try:
             await self._connection.execute(insert(t.ssh_keys).values(vars(key)))
         except IntegrityError as error:
@@ -442,8 +452,8 @@ class SshKeyTable:
                 field="public_key",
             ) from error
 
+    @override
     async def find(self, org_id: str, key_id: str) -> SshKey | None:
-        """See core.contracts.store.SshKeyRows.find."""
         c = t.ssh_keys.c
         found = await self._connection.execute(
             select(t.ssh_keys).where(c.org_id == org_id, c.id == key_id)
@@ -451,19 +461,19 @@ class SshKeyTable:
         row = found.mappings().first()
         return None if row is None else SshKey(**row)
 
+    @override
     async def every(self, org_id: str) -> list[SshKey]:
-        """See core.contracts.store.SshKeyRows.every."""
         found = await self._connection.fetch(_SSH_KEYS, {"wanted_org": org_id})
         return [SshKey(**row) for row in found]
 
+    @override
     async def touch(self, key_id: str, at: datetime) -> None:
-        """See core.contracts.store.SshKeyRows.touch."""
         await self._connection.execute(
             update(t.ssh_keys).where(t.ssh_keys.c.id == key_id).values(last_used_at=at)
         )
 
+    @override
     async def remove(self, org_id: str, key_id: str) -> bool:
-        """See core.contracts.store.SshKeyRows.remove."""
         c = t.ssh_keys.c
         done = await self._connection.execute(
             delete(t.ssh_keys).where(c.org_id == org_id, c.id == key_id)
@@ -471,14 +481,14 @@ class SshKeyTable:
         return done.rowcount > 0
 
 
-class RevokedKeyTable:
+class RevokedKeyTable(RevokedKeyRows):
     """See core.contracts.store.RevokedKeyRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, sandbox_id: str, key: SshKey) -> None:
-        """See core.contracts.store.RevokedKeyRows.add."""
         c = t.revoked_keys.c
         await self._connection.execute(
             delete(t.revoked_keys).where(
@@ -491,8 +501,8 @@ class RevokedKeyTable:
             )
         )
 
+    @override
     async def pending(self) -> list[RevokedKey]:
-        """See core.contracts.store.RevokedKeyRows.pending."""
         c, box = t.revoked_keys.c, t.sandboxes.c
         found = await self._connection.execute(
             select(
@@ -509,8 +519,8 @@ class RevokedKeyTable:
         )  # fmt: skip
         return [RevokedKey(**row) for row in found.mappings()]
 
+    @override
     async def removed(self, key: RevokedKey) -> None:
-        """See core.contracts.store.RevokedKeyRows.removed."""
         c = t.revoked_keys.c
         await self._connection.execute(
             update(t.revoked_keys)
@@ -518,8 +528,8 @@ class RevokedKeyTable:
             .values(removed_of=key.started_at)
         )
 
+    @override
     async def clear(self) -> None:
-        """See core.contracts.store.RevokedKeyRows.clear."""
         box = t.sandboxes.c
         gone = select(box.id).where(t.is_any_of(sorted(HIDDEN)))
         await self._connection.execute(

@@ -23,8 +23,16 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from typing_extensions import override
 
 from sandyard.server.core.codec import decode, encode
+from sandyard.server.core.contracts.store import (
+    DutyRows,
+    InviteRows,
+    JoinedNodeRows,
+    QuarantineRows,
+    SecretRows,
+)
 from sandyard.server.core.egress import Policy
 from sandyard.server.core.records import JoinedNode, Mount, NodeStart, Quarantined
 from sandyard.server.core.shapes import Shape
@@ -36,14 +44,14 @@ from sandyard.server.links.sql.seal import Seal
 _c = t.joined_nodes.c
 
 
-class QuarantineTable:
+class QuarantineTable(QuarantineRows):
     """See core.contracts.store.QuarantineRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def put(self, machine: Quarantined) -> None:
-        """See core.contracts.store.QuarantineRows.put."""
         values = vars(machine) | vars(machine.shape)
         del values["shape"]
         values["network"] = None if machine.network is None else encode(machine.network)
@@ -65,24 +73,24 @@ class QuarantineTable:
         if not done.rowcount:
             await self._connection.execute(insert(t.quarantine).values(values))
 
+    @override
     async def all(self) -> list[Quarantined]:
-        """See core.contracts.store.QuarantineRows.all."""
         return await self._found(select(t.quarantine))
 
+    @override
     async def on_node(self, node_id: str) -> list[Quarantined]:
-        """See core.contracts.store.QuarantineRows.on_node."""
         return await self._found(select(t.quarantine).where(t.quarantine.c.node_id == node_id))
 
+    @override
     async def condemn(self, wanted_id: str) -> bool:
-        """See core.contracts.store.QuarantineRows.condemn."""
         c = t.quarantine.c
         done = await self._connection.execute(
             update(t.quarantine).where(c.id == wanted_id).values(is_unwanted=True)
         )
         return done.rowcount > 0
 
+    @override
     async def remove(self, ids: Collection[str]) -> None:
-        """See core.contracts.store.QuarantineRows.remove."""
         c = t.quarantine.c
         await self._connection.execute(delete(t.quarantine).where(c.id.in_(list(ids))))
 
@@ -104,29 +112,29 @@ def _quarantined(row: Mapping[Any, Any]) -> Quarantined:
     )
 
 
-class JoinedNodeTable:
+class JoinedNodeTable(JoinedNodeRows):
     """See core.contracts.store.JoinedNodeRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, node: JoinedNode) -> None:
-        """See core.contracts.store.JoinedNodeRows.add."""
         values = {name: value for name, value in vars(node).items() if name not in _TOLD_NOW}
         values |= {"boot": "", "place": ""}
         await self._connection.execute(insert(t.joined_nodes).values(values))
 
+    @override
     async def all(self) -> list[JoinedNode]:
-        """See core.contracts.store.JoinedNodeRows.all."""
         return [_node_of(row) for row in await self._connection.fetch(_ALL, {})]
 
+    @override
     async def find(self, node_id: str) -> JoinedNode | None:
-        """See core.contracts.store.JoinedNodeRows.find."""
         found = await self._connection.fetch(_FIND, {"wanted_id": node_id})
         return _node_of(found[0]) if found else None
 
+    @override
     async def start(self, node_id: str, start: NodeStart, *, lasts: timedelta) -> int | None:
-        """See core.contracts.store.JoinedNodeRows.start."""
         is_own = or_(_c.boot == start.boot, _c.place == start.place, _c.lease_until.is_(None))
         done = await self._connection.execute(
             update(t.joined_nodes)
@@ -142,10 +150,10 @@ class JoinedNodeTable:
         row = done.first()
         return None if row is None else int(row.epoch)
 
+    @override
     async def beat(
         self, said: Collection[tuple[str, int]], *, lasts: timedelta
     ) -> frozenset[tuple[str, int]]:
-        """See core.contracts.store.JoinedNodeRows.beat."""
         # The ids by themselves too: for pairs, PostgreSQL searches no index.
         current = _c.id.in_([one for one, _ in said]), tuple_(_c.id, _c.epoch).in_(list(said))
         done = await self._connection.execute(
@@ -156,6 +164,7 @@ class JoinedNodeTable:
         )
         return frozenset((row.id, row.epoch) for row in done)
 
+    @override
     async def have_compared(
         self,
         node_ids: Collection[str],
@@ -165,7 +174,6 @@ class JoinedNodeTable:
         lasts: timedelta,
         free_for: timedelta = timedelta(),
     ) -> frozenset[str]:
-        """See core.contracts.store.JoinedNodeRows.have_compared."""
         is_to_have = _c.compared_by == (by if over is None else over)
         is_free = or_(
             false() if free_for else is_to_have,
@@ -181,8 +189,8 @@ class JoinedNodeTable:
         )
         return frozenset(done.scalars())
 
+    @override
     async def lose(self, *, grace: timedelta) -> list[str]:
-        """See core.contracts.store.JoinedNodeRows.lose."""
         # The database's clock was set back. A node that is running renews its lease in time.
         await self._connection.execute(
             update(t.joined_nodes)
@@ -198,27 +206,27 @@ class JoinedNodeTable:
         )
         return [row.id for row in done]
 
+    @override
     async def drain(self, node_id: str, *, is_draining: bool) -> bool:
-        """See core.contracts.store.JoinedNodeRows.drain."""
         done = await self._connection.execute(
             update(t.joined_nodes).where(_c.id == node_id).values(is_draining=is_draining)
         )
         return done.rowcount > 0
 
+    @override
     async def forget(self, node_id: str) -> bool:
-        """See core.contracts.store.JoinedNodeRows.forget."""
         done = await self._connection.execute(delete(t.joined_nodes).where(_c.id == node_id))
         return done.rowcount > 0
 
 
-class DutyTable:
+class DutyTable(DutyRows):
     """See core.contracts.store.DutyRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def take(self, name: str, holder: str, *, lasts: timedelta) -> bool:
-        """See core.contracts.store.DutyRows.take."""
         c = t.duties.c
         until = t.now() + lasts // _MICROSECOND
         # One that ends later than it could was taken before the clock was set back.
@@ -235,22 +243,22 @@ class DutyTable:
         return done.first() is not None
 
 
-class InviteTable:
+class InviteTable(InviteRows):
     """See core.contracts.store.InviteRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, digest: str, *, lasts: timedelta) -> None:
-        """See core.contracts.store.InviteRows.add."""
         c = t.invites.c
         await remove_some(self._connection, t.invites, c.expires_at < _once(t.now()))
         await self._connection.execute(
             insert(t.invites).values(digest=digest, expires_at=t.now() + lasts // _MICROSECOND)
         )
 
+    @override
     async def take(self, digest: str) -> bool:
-        """See core.contracts.store.InviteRows.take."""
         c = t.invites.c
         done = await self._connection.execute(
             delete(t.invites).where(c.digest == digest, c.expires_at > t.now())
@@ -258,28 +266,28 @@ class InviteTable:
         return done.rowcount > 0
 
 
-class SecretTable:
+class SecretTable(SecretRows):
     """See core.contracts.store.SecretRows."""
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
         self._seal = seal
 
+    @override
     async def find(self, name: str) -> Mapping[str, str] | None:
-        """See core.contracts.store.SecretRows.find."""
         c = t.secrets.c
         found = await self._connection.execute(select(c.sealed).where(c.name == name))
         row = found.first()
         return None if row is None else self._seal.open(row.sealed)
 
+    @override
     async def add(self, name: str, values: Mapping[str, str]) -> None:
-        """See core.contracts.store.SecretRows.add."""
         await self._connection.execute(
             insert(t.secrets).values(name=name, sealed=self._seal.close(values))
         )
 
+    @override
     async def replace(self, name: str, values: Mapping[str, str]) -> None:
-        """See core.contracts.store.SecretRows.replace."""
         await self._connection.execute(
             update(t.secrets)
             .where(t.secrets.c.name == name)

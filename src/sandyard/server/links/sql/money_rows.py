@@ -18,7 +18,15 @@ from sqlalchemy import (
     values,
 )
 from sqlalchemy.exc import IntegrityError
+from typing_extensions import override
 
+from sandyard.server.core.contracts.store import (
+    CreditRows,
+    FactRows,
+    PriceRows,
+    StorageRows,
+    UsageRows,
+)
 from sandyard.server.core.errors import AlreadyExistsError, InternalError
 from sandyard.server.core.money import Account, PriceList, Prices
 from sandyard.server.core.records import (
@@ -39,14 +47,14 @@ _SHAPE = ("vcpus", "memory_mib", "disk_mib")
 _CHARGED_AT_ONCE = 500  # a statement takes 32,767 values at most
 
 
-class UsageTable:
+class UsageTable(UsageRows):
     """See core.contracts.store.UsageRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def open(self, period: UsagePeriod) -> None:
-        """See core.contracts.store.UsageRows.open."""
         try:
             await self._connection.run(OPEN, of_period(period))
         except IntegrityError as error:
@@ -54,28 +62,28 @@ class UsageTable:
                 f"cannot open a usage period: {period.sandbox_id} has one open"
             ) from error
 
+    @override
     async def close(self, sandbox_id: str, at: datetime) -> bool:
-        """See core.contracts.store.UsageRows.close."""
         closed = {"ended_id": sandbox_id, "ended": at}
         return bool(await self._connection.fetch(CLOSE, closed))
 
+    @override
     async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
-        """See core.contracts.store.UsageRows.of_sandbox."""
         return await self._periods(t.usage_periods.c.sandbox_id == sandbox_id)
 
+    @override
     async def ended(self, org_id: str, *, most: int) -> list[UsagePeriod]:
-        """See core.contracts.store.UsageRows.ended."""
         c = t.usage_periods.c
         wanted = c.org_id == org_id, ~c.is_settled, c.ended_at.is_not(None)
         return await self._periods(*wanted, most=most)
 
+    @override
     async def unsettled(self, org_id: str) -> list[UsagePeriod]:
-        """See core.contracts.store.UsageRows.unsettled."""
         c = t.usage_periods.c
         return await self._periods(c.org_id == org_id, ~c.is_settled)
 
+    @override
     async def owing(self) -> list[str]:
-        """See core.contracts.store.UsageRows.owing."""
         found: set[str] = set()
         for table in (t.usage_periods, t.storage_periods):
             rows = await self._connection.execute(
@@ -84,12 +92,12 @@ class UsageTable:
             found |= {row.org_id for row in rows}
         return sorted(found)
 
+    @override
     async def reopen(self, org_id: str, at: datetime, *, most: int) -> int:
-        """See core.contracts.store.UsageRows.reopen."""
         return await _reopen(self._connection, t.usage_periods, org_id, at, most)
 
+    @override
     async def shorten(self, sandbox_id: str, at: datetime) -> None:
-        """See core.contracts.store.UsageRows.shorten."""
         c = t.usage_periods.c
         later: UsagePeriod | None = None
         for one in reversed(await self._periods(c.sandbox_id == sandbox_id)):
@@ -104,14 +112,14 @@ class UsageTable:
                 )
             later = one
 
+    @override
     async def charge(self, periods: Sequence[UsagePeriod]) -> None:
-        """See core.contracts.store.UsageRows.charge."""
         await _charge(self._connection, t.usage_periods, periods)
 
+    @override
     async def within(
         self, org_id: str, *, since: datetime, owner_user_id: str | None
     ) -> list[UsagePeriod]:
-        """See core.contracts.store.UsageRows.within."""
         c = t.usage_periods.c
         wanted = [c.org_id == org_id, or_(c.ended_at.is_(None), c.ended_at > since)]
         if owner_user_id is not None:
@@ -119,8 +127,8 @@ class UsageTable:
             wanted.append(c.sandbox_id.in_(own))
         return await self._periods(*wanted)
 
+    @override
     async def in_use(self, org_id: str, now: datetime) -> InUse:
-        """See core.contracts.store.UsageRows.in_use."""
         found = await self._connection.fetch(_TOTALS, {"wanted_org": org_id})
         return _in_use(found[0], now) if found else InUse()
 
@@ -138,14 +146,14 @@ class UsageTable:
         return result
 
 
-class StorageTable:
+class StorageTable(StorageRows):
     """See core.contracts.store.StorageRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def open(self, period: StoragePeriod) -> None:
-        """See core.contracts.store.StorageRows.open."""
         values = {name: value for name, value in vars(period).items() if name != "id"}
         try:
             await self._connection.execute(insert(t.storage_periods).values(values))
@@ -154,39 +162,39 @@ class StorageTable:
                 f"cannot open a storage period: {period.resource_id} has one open"
             ) from error
 
+    @override
     async def close(self, kind: str, resource_id: str, at: datetime) -> bool:
-        """See core.contracts.store.StorageRows.close."""
         closed = {"wanted_kind": kind, "wanted_id": resource_id, "ended": at}
         return bool(await self._connection.fetch(_CLOSE_STORAGE, closed))
 
+    @override
     async def ended(self, org_id: str, *, most: int) -> list[StoragePeriod]:
-        """See core.contracts.store.StorageRows.ended."""
         c = t.storage_periods.c
         wanted = c.org_id == org_id, ~c.is_settled, c.ended_at.is_not(None)
         return await self._periods(*wanted, most=most)
 
+    @override
     async def unsettled(self, org_id: str) -> list[StoragePeriod]:
-        """See core.contracts.store.StorageRows.unsettled."""
         c = t.storage_periods.c
         return await self._periods(c.org_id == org_id, ~c.is_settled)
 
+    @override
     async def reopen(self, org_id: str, at: datetime, *, most: int) -> int:
-        """See core.contracts.store.StorageRows.reopen."""
         return await _reopen(self._connection, t.storage_periods, org_id, at, most)
 
+    @override
     async def charge(self, periods: Sequence[StoragePeriod]) -> None:
-        """See core.contracts.store.StorageRows.charge."""
         await _charge(self._connection, t.storage_periods, periods)
 
+    @override
     async def within(self, org_id: str, *, since: datetime) -> list[StoragePeriod]:
-        """See core.contracts.store.StorageRows.within."""
         c = t.storage_periods.c
         return await self._periods(
             c.org_id == org_id, or_(c.ended_at.is_(None), c.ended_at > since)
         )
 
+    @override
     async def of(self, kind: str, resource_id: str) -> list[StoragePeriod]:
-        """See core.contracts.store.StorageRows.of."""
         c = t.storage_periods.c
         return await self._periods(c.kind == kind, c.resource_id == resource_id)
 
@@ -199,19 +207,19 @@ class StorageTable:
         return [StoragePeriod(**row) for row in found.mappings()]
 
 
-class CreditTable:
+class CreditTable(CreditRows):
     """See core.contracts.store.CreditRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def account(self, org_id: str) -> Account:
-        """See core.contracts.store.CreditRows.account."""
         found = await self._connection.fetch(_ACCOUNT, {"wanted_org": org_id})
         return Account(**found[0]) if found else Account(org_id)
 
+    @override
     async def position(self, org_id: str, now: datetime) -> tuple[InUse, Account]:
-        """See core.contracts.store.CreditRows.position."""
         found = await self._connection.fetch(_POSITION, {"wanted_org": org_id})
         if not found:
             return InUse(), Account(org_id)
@@ -220,16 +228,16 @@ class CreditTable:
             account = Account(org_id, **{name: of[name] for name in _OF_ACCOUNTS})
         return InUse() if of[_OF_TOTALS[0]] is None else _in_use(of, now), account
 
+    @override
     async def save(self, account: Account) -> None:
-        """See core.contracts.store.CreditRows.save."""
         done = await self._connection.execute(
             update(t.accounts).where(t.accounts.c.org_id == account.org_id).values(vars(account))
         )
         if done.rowcount == 0:  # an organization from before there were accounts
             await self._connection.execute(insert(t.accounts).values(vars(account)))
 
+    @override
     async def post(self, entry: LedgerEntry) -> None:
-        """See core.contracts.store.CreditRows.post."""
         try:
             await self._connection.execute(insert(t.ledger).values(vars(entry)))
         except IntegrityError as error:
@@ -239,18 +247,18 @@ class CreditTable:
                 field="reference_id",
             ) from error
 
+    @override
     async def find(self, org_id: str, type_: str, reference_id: str) -> LedgerEntry | None:
-        """See core.contracts.store.CreditRows.find."""
         c = t.ledger.c
         found = await self._entries(
             1, c.org_id == org_id, c.type == type_, c.reference_id == reference_id
         )
         return found[0] if found else None
 
+    @override
     async def history(
         self, org_id: str, *, limit: int, after_id: str | None = None
     ) -> list[LedgerEntry]:
-        """See core.contracts.store.CreditRows.history."""
         c = t.ledger.c
         wanted = [c.org_id == org_id]
         if after_id is not None:
@@ -258,8 +266,8 @@ class CreditTable:
             wanted.append(c.number < last)
         return await self._entries(limit, *wanted)
 
+    @override
     async def auto_topup(self, org_id: str) -> AutoTopup:
-        """See core.contracts.store.CreditRows.auto_topup."""
         found = await self._connection.execute(
             select(t.auto_topups).where(t.auto_topups.c.org_id == org_id)
         )
@@ -271,8 +279,8 @@ class CreditTable:
         pending = None if key is None else PendingTopup(key, cents, since)
         return AutoTopup(**values, pending=pending)
 
+    @override
     async def save_auto_topup(self, wish: AutoTopup) -> None:
-        """See core.contracts.store.CreditRows.save_auto_topup."""
         values = {name: value for name, value in vars(wish).items() if name != "pending"}
         for one in ("key", "cents", "since"):
             values[f"pending_{one}"] = getattr(wish.pending, one) if wish.pending else None
@@ -282,8 +290,8 @@ class CreditTable:
         if done.rowcount == 0:
             await self._connection.execute(insert(t.auto_topups).values(values))
 
+    @override
     async def topped_up(self) -> list[str]:
-        """See core.contracts.store.CreditRows.topped_up."""
         c = t.auto_topups.c
         found = await self._connection.execute(
             select(c.org_id).where(c.is_enabled, c.customer_id.is_not(None))
@@ -300,57 +308,57 @@ class CreditTable:
         ]
 
 
-class FactTable:
+class FactTable(FactRows):
     """See core.contracts.store.FactRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def now(self) -> datetime:
-        """See core.contracts.store.FactRows.now."""
         [found] = await self._connection.fetch(_NOW, {})
         moment: datetime = found["moment"]
         return moment
 
+    @override
     async def moment(self, name: str) -> datetime | None:
-        """See core.contracts.store.FactRows.moment."""
         found = await self._connection.fetch(_FACT, {"wanted_name": name})
         return found[0]["moment"] if found else None
 
+    @override
     async def note(self, name: str, at: datetime) -> None:
-        """See core.contracts.store.FactRows.note."""
         new = {"name": name, "moment": at}
         await put(self._connection, t.facts, new, changes={"moment": at})
 
 
-class PriceTable:
+class PriceTable(PriceRows):
     """See core.contracts.store.PriceRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def history(self) -> PriceList | None:
-        """See core.contracts.store.PriceRows.history."""
         found = [(row.pop("since"), row) for row in await self._connection.fetch(_HISTORY, {})]
         return PriceList(tuple((since, Prices(**row)) for since, row in found)) if found else None
 
+    @override
     async def add(self, prices: Prices, *, since: datetime) -> None:
-        """See core.contracts.store.PriceRows.add."""
         values = {"since": since, **vars(prices)}
         await self._connection.execute(insert(t.prices).values(values))
 
+    @override
     async def note(self, server_id: str, prices: Prices, at: datetime) -> None:
-        """See core.contracts.store.PriceRows.note."""
         changes = {**vars(prices), "seen_at": at}
         new = {"server_id": server_id, **changes}
         await put(self._connection, t.meters, new, changes=changes)
 
+    @override
     async def forget(self, *, after: datetime) -> None:
-        """See core.contracts.store.PriceRows.forget."""
         await self._connection.execute(delete(t.prices).where(t.prices.c.since > after))
 
+    @override
     async def noted(self, *, since: datetime, until: datetime) -> Mapping[str, Prices]:
-        """See core.contracts.store.PriceRows.noted."""
         found = await self._connection.fetch(_NOTED, {"earliest": since, "latest": until})
         return {row.pop("server_id"): Prices(**row) for row in found}
 

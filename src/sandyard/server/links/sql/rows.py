@@ -35,9 +35,21 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
+from typing_extensions import override
 
 from sandyard.server.core.codec import decode, encode
-from sandyard.server.core.contracts.store import NO_EFFECTS, Effects, Hold
+from sandyard.server.core.contracts.store import (
+    NO_EFFECTS,
+    ActivityRows,
+    Effects,
+    Hold,
+    LeaseRows,
+    NodeRows,
+    RequestRows,
+    SandboxRows,
+    SnapshotRows,
+    TicketRows,
+)
 from sandyard.server.core.egress import NO_RULES, Policy
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.records import (
@@ -83,10 +95,8 @@ _COMING = ("pending", "creating", "resuming")
 class Connection(Protocol):
     """A connection to either database, as the rows use it."""
 
-    @property
-    def dialect(self) -> Dialect:
-        """The kind of database."""
-        ...
+    dialect: Dialect
+    """The kind of database."""
 
     async def execute(
         self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
@@ -103,17 +113,17 @@ class Connection(Protocol):
         ...
 
 
-class SandboxTable:
+class SandboxTable(SandboxRows):
     """See core.contracts.store.SandboxRows."""
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
         self._seal = seal
 
+    @override
     async def insert(
         self, sandbox: Sandbox, *, hold: Hold | None = None, effects: Effects = NO_EFFECTS
     ) -> Sandbox:
-        """See core.contracts.store.SandboxRows.insert."""
         values = self._values(sandbox) | _held(hold)
         [owner] = await self._write(sandbox, _INSERT, values, effects)
         if sandbox.tags:
@@ -126,20 +136,20 @@ class SandboxTable:
             )
         return replace(sandbox, **owner)
 
+    @override
     async def find(self, sandbox_id: str) -> Sandbox | None:
-        """See core.contracts.store.SandboxRows.find."""
         found = await self._connection.fetch(_FIND, {"wanted_id": sandbox_id})
         return self._sandbox(found[0]) if found else None
 
+    @override
     async def find_named(self, org_id: str, name: str) -> Sandbox | None:
-        """See core.contracts.store.SandboxRows.find_named."""
         found = await self._connection.fetch(
             _FIND_NAMED, {"wanted_org": org_id, "wanted_name": name}
         )
         return self._sandbox(found[0]) if found else None
 
+    @override
     async def named(self, name: str, *, limit: int) -> list[Sandbox]:
-        """See core.contracts.store.SandboxRows.named."""
         c = t.sandboxes.c
         return await self.where(
             _selected()
@@ -148,22 +158,22 @@ class SandboxTable:
             .limit(limit)
         )
 
+    @override
     async def with_rules(self, org_id: str) -> list[Sandbox]:
-        """See core.contracts.store.SandboxRows.with_rules."""
         c = t.sandboxes.c
         which = (c.org_id == org_id, *_have_rules())
         return await self.where(_selected().where(*which).order_by(c.created_at, c.id))
 
+    @override
     async def ruled(self) -> list[Ruled]:
-        """See core.contracts.store.SandboxRows.ruled."""
         c = t.sandboxes.c
         found = await self._connection.execute(
             select(c.id, c.org_id, c.node_id, c.status).where(*_have_rules())
         )
         return [Ruled(**{**row, "status": Status(row["status"])}) for row in found.mappings()]
 
+    @override
     async def page(self, query: SandboxQuery) -> list[Sandbox]:
-        """See core.contracts.store.SandboxRows.page."""
         given = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
         values = given | {"org_id": query.org_id, "most": query.limit}
         values |= {f"tag_{place}": tag for place, tag in enumerate(query.tags)}
@@ -177,6 +187,7 @@ class SandboxTable:
         found = await self._connection.fetch(statement, values)
         return [self._sandbox(row) for row in found if row["status"] in _KNOWN]
 
+    @override
     async def replace(
         self,
         sandbox: Sandbox,
@@ -187,7 +198,6 @@ class SandboxTable:
         is_use: bool = False,
         effects: Effects = NO_EFFECTS,
     ) -> Sandbox | None:
-        """See core.contracts.store.SandboxRows.replace."""
         values = self._values(sandbox) | {"version": sandbox.version + 1}
         for name in ("id", "mounts", *(() if is_use else _USED)):
             del values[name]
@@ -203,8 +213,8 @@ class SandboxTable:
             await self._add_tags(sandbox)
         return replace(sandbox, version=sandbox.version + 1)
 
+    @override
     async def catch_up(self, sandbox: Sandbox, *, version: int, incarnation: int) -> bool:
-        """See core.contracts.store.SandboxRows.catch_up."""
         c = t.sandboxes.c
         done = await self._connection.execute(
             update(t.sandboxes)
@@ -213,8 +223,8 @@ class SandboxTable:
         )
         return done.rowcount > 0
 
+    @override
     async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
-        """See core.contracts.store.SandboxRows.on_node."""
         c = t.sandboxes.c
         return await self.where(
             _selected().where(
@@ -222,10 +232,10 @@ class SandboxTable:
             )
         )
 
+    @override
     async def standing(
         self, node_id: str, statuses: frozenset[Status], *, known: Mapping[str, Standing]
     ) -> list[Standing]:
-        """See core.contracts.store.SandboxRows.standing."""
         on_node = {"wanted_node": node_id}
         if not known:
             return await self._standing(_standing_of(statuses), on_node)
@@ -255,10 +265,10 @@ class SandboxTable:
             standing.append(Standing(**row, reason=reason))
         return standing
 
+    @override
     async def marks(
         self, node_ids: Collection[str], statuses: frozenset[Status]
     ) -> Mapping[str, Mark]:
-        """See core.contracts.store.SandboxRows.marks."""
         c, s = t.sandboxes.c, t.snapshots.c
         sandboxes = await self._connection.execute(
             select(
@@ -286,8 +296,8 @@ class SandboxTable:
             marks[row.node_id] = replace(mark, snapshots=row.number, unready=row.unready)
         return marks
 
+    @override
     async def unplaced_until(self, end: datetime, statuses: frozenset[Status]) -> list[Sandbox]:
-        """See core.contracts.store.SandboxRows.unplaced_until."""
         c = t.sandboxes.c
         return await self.where(
             _selected().where(
@@ -298,8 +308,8 @@ class SandboxTable:
             )
         )
 
+    @override
     async def with_ssh_key(self, org_id: str, key_id: str) -> list[Sandbox]:
-        """See core.contracts.store.SandboxRows.with_ssh_key."""
         c = t.sandboxes.c
         return await self.where(
             _selected().where(
@@ -310,8 +320,8 @@ class SandboxTable:
             )
         )
 
+    @override
     async def mounting(self, workspace_id: str) -> list[Sandbox]:
-        """See core.contracts.store.SandboxRows.mounting."""
         c, mounted = t.sandboxes.c, t.sandbox_mounts.c
         return await self.where(
             _selected()
@@ -322,8 +332,8 @@ class SandboxTable:
             .order_by(c.created_at, c.id)
         )
 
+    @override
     async def mounted(self) -> frozenset[str]:
-        """See core.contracts.store.SandboxRows.mounted."""
         c, mounted = t.sandboxes.c, t.sandbox_mounts.c
         found = await self._connection.execute(
             select(mounted.workspace_id)
@@ -333,8 +343,8 @@ class SandboxTable:
         )
         return frozenset(found.scalars())
 
+    @override
     async def forget_mounts(self, workspace_id: str) -> None:
-        """See core.contracts.store.SandboxRows.forget_mounts."""
         c = t.sandboxes.c
         for one in await self.mounting(workspace_id):
             left = [mount for mount in one.mounts if mount.workspace_id != workspace_id]
@@ -417,25 +427,25 @@ class SandboxTable:
         )
 
 
-class LeaseTable:
+class LeaseTable(LeaseRows):
     """See core.contracts.store.LeaseRows."""
 
     def __init__(self, connection: Connection, sandboxes: SandboxTable) -> None:
         self._connection = connection
         self._sandboxes = sandboxes
 
+    @override
     async def claim(self, statuses: frozenset[Status], *, hold: Hold, limit: int) -> list[Claim]:
-        """See core.contracts.store.LeaseRows.claim."""
         taken = await self._connection.fetch(_claim_of(statuses), {"most": limit, **_held(hold)})
         found = [await self._sandboxes.find(row["id"]) for row in taken]
         return [Claim(sandbox, hold.lease) for sandbox in found if sandbox is not None]
 
+    @override
     async def waits(self, statuses: frozenset[Status]) -> bool:
-        """See core.contracts.store.LeaseRows.waits."""
         return bool(await self._connection.fetch(_waiting_of(statuses), {"most": 1}))
 
+    @override
     async def extend(self, sandbox_id: str, *, lease: str, lasts: timedelta | None) -> bool:
-        """See core.contracts.store.LeaseRows.extend."""
         values = {
             "known_id": sandbox_id,
             "known_lease": lease,
@@ -444,8 +454,8 @@ class LeaseTable:
         }
         return await self._connection.run(_EXTEND, values) > 0
 
+    @override
     async def void(self, owner: str) -> None:
-        """See core.contracts.store.LeaseRows.void."""
         await self._connection.execute(
             update(t.sandboxes)
             .where(t.sandboxes.c.lease_owner == owner)
@@ -453,41 +463,41 @@ class LeaseTable:
         )
 
 
-class NodeTable:
+class NodeTable(NodeRows):
     """See core.contracts.store.NodeRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def heard(self, node_ids: Collection[str], at: datetime) -> None:
-        """See core.contracts.store.NodeRows.heard."""
         new = [{"id": one, "first_seen_at": at, "seen_at": at} for one in sorted(node_ids)]
         await put(self._connection, t.nodes, new, changes={"seen_at": at})
 
+    @override
     async def find(self, node_id: str) -> NodeSeen | None:
-        """See core.contracts.store.NodeRows.find."""
         found = await self._connection.fetch(_NODE, {"wanted_id": node_id})
         return NodeSeen(**found[0]) if found else None
 
 
-class ActivityTable:
+class ActivityTable(ActivityRows):
     """See core.contracts.store.ActivityRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def append(self, activity: Activity) -> None:
-        """See core.contracts.store.ActivityRows.append."""
         await self._connection.run(APPEND, of_line(activity))
 
+    @override
     async def touch(self, sandbox_id: str, *, at: datetime, kind: str) -> None:
-        """See core.contracts.store.ActivityRows.touch."""
         await self._connection.run(
             _TOUCH, {"known_id": sandbox_id, "last_activity_at": at, "last_activity_kind": kind}
         )
 
+    @override
     async def page(self, query: ActivityQuery) -> list[Activity]:
-        """See core.contracts.store.ActivityRows.page."""
         c = t.activity.c
         wanted: list[ColumnElement[bool]] = [c.org_id == query.org_id]
         wanted += [c[name] == value for name, value in query.matches.items()]
@@ -509,15 +519,15 @@ class ActivityTable:
         return [Activity(**row) for row in found.mappings()]
 
 
-class SnapshotTable:
+class SnapshotTable(SnapshotRows):
     """See core.contracts.store.SnapshotRows."""
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
         self._seal = seal
 
+    @override
     async def insert(self, snapshot: Snapshot) -> None:
-        """See core.contracts.store.SnapshotRows.insert."""
         values = vars(snapshot) | {
             "mounts": _plain(snapshot.mounts),
             "network": _rules(snapshot.network, self._seal),
@@ -530,8 +540,8 @@ class SnapshotTable:
         except IntegrityError as error:
             raise _taken_by_snapshot(snapshot.name) from error
 
+    @override
     async def find(self, org_id: str, reference: str) -> Snapshot | None:
-        """See core.contracts.store.SnapshotRows.find."""
         c = t.snapshots.c
         named = and_(c.name == reference, c.is_hidden.is_(False))
         found = await self._snapshots(
@@ -539,6 +549,7 @@ class SnapshotTable:
         )
         return found[0] if found else None
 
+    @override
     async def page(
         self,
         org_id: str,
@@ -547,7 +558,6 @@ class SnapshotTable:
         limit: int,
         after: tuple[datetime, str] | None,
     ) -> list[Snapshot]:
-        """See core.contracts.store.SnapshotRows.page."""
         c = t.snapshots.c
         wanted: list[ColumnElement[bool]] = [c.org_id == org_id, c.is_hidden.is_(False)]
         if owner_user_id is not None:
@@ -561,15 +571,15 @@ class SnapshotTable:
             .limit(limit)
         )
 
+    @override
     async def extend(self, snapshot_id: str, *, held_until: datetime) -> bool:
-        """See core.contracts.store.SnapshotRows.extend."""
         done = await self._connection.execute(
             update(t.snapshots).where(t.snapshots.c.id == snapshot_id).values(held_until=held_until)
         )
         return done.rowcount > 0
 
+    @override
     async def complete(self, snapshot_id: str, *, size_bytes: int) -> bool:
-        """See core.contracts.store.SnapshotRows.complete."""
         done = await self._connection.execute(
             update(t.snapshots)
             .where(t.snapshots.c.id == snapshot_id)
@@ -577,8 +587,8 @@ class SnapshotTable:
         )
         return done.rowcount > 0
 
+    @override
     async def rename(self, snapshot_id: str, name: str | None) -> None:
-        """See core.contracts.store.SnapshotRows.rename."""
         c = t.snapshots.c
         try:
             await self._connection.execute(
@@ -587,8 +597,8 @@ class SnapshotTable:
         except IntegrityError as error:
             raise _taken_by_snapshot(name) from error
 
+    @override
     async def remove(self, snapshot_id: str, *, at: datetime) -> bool:
-        """See core.contracts.store.SnapshotRows.remove."""
         c = t.snapshots.c
         done = await self._connection.execute(
             delete(t.snapshots).where(c.id == snapshot_id).returning(c.id, c.node_id)
@@ -601,16 +611,16 @@ class SnapshotTable:
         )
         return True
 
+    @override
     async def removed(self, node_id: str) -> Mapping[str, datetime]:
-        """See core.contracts.store.SnapshotRows.removed."""
         c = t.removed_snapshots.c
         found = await self._connection.execute(
             select(c.id, c.removed_at).where(c.node_id == node_id)
         )
         return {row.id: row.removed_at for row in found}
 
+    @override
     async def kept(self, org_id: str) -> Kept:
-        """See core.contracts.store.SnapshotRows.kept."""
         c = t.snapshots.c
         found = await self._connection.execute(
             select(
@@ -621,18 +631,18 @@ class SnapshotTable:
         )
         return Kept(*found.one())
 
+    @override
     async def forget(self, snapshot_ids: Collection[str]) -> None:
-        """See core.contracts.store.SnapshotRows.forget."""
         await self._connection.execute(
             delete(t.removed_snapshots).where(t.removed_snapshots.c.id.in_(snapshot_ids))
         )
 
+    @override
     async def on_node(self, node_id: str) -> list[Snapshot]:
-        """See core.contracts.store.SnapshotRows.on_node."""
         return await self._snapshots(select(t.snapshots).where(t.snapshots.c.node_id == node_id))
 
+    @override
     async def is_awaited(self, snapshot_id: str) -> bool:
-        """See core.contracts.store.SnapshotRows.is_awaited."""
         c = t.sandboxes.c
         found = await self._connection.execute(
             select(c.id)
@@ -657,14 +667,14 @@ class SnapshotTable:
         return found
 
 
-class RequestTable:
+class RequestTable(RequestRows):
     """See core.contracts.store.RequestRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def find(self, key: RequestKey) -> KeyedRequest | None:
-        """See core.contracts.store.RequestRows.find."""
         c = t.keyed_requests.c
         found = await self._connection.execute(
             select(c.digest, c.resource_ids).where(
@@ -674,8 +684,8 @@ class RequestTable:
         row = found.first()
         return None if row is None else KeyedRequest(row.digest, tuple(row.resource_ids))
 
+    @override
     async def add(self, key: RequestKey, request: KeyedRequest, *, at: datetime) -> None:
-        """See core.contracts.store.RequestRows.add."""
         await self._connection.execute(
             insert(t.keyed_requests).values(
                 **vars(key),
@@ -685,8 +695,8 @@ class RequestTable:
             )
         )
 
+    @override
     async def remove(self, key: RequestKey, *, before: datetime | None = None) -> None:
-        """See core.contracts.store.RequestRows.remove."""
         c = t.keyed_requests.c
         statement = delete(t.keyed_requests).where(
             *(c[name] == value for name, value in vars(key).items())
@@ -695,30 +705,30 @@ class RequestTable:
             statement = statement.where(c.created_at < before)
         await self._connection.execute(statement)
 
+    @override
     async def forget(self, *, before: datetime) -> None:
-        """See core.contracts.store.RequestRows.forget."""
         await remove_some(
             self._connection, t.keyed_requests, t.keyed_requests.c.created_at < before
         )
 
 
-class TicketTable:
+class TicketTable(TicketRows):
     """See core.contracts.store.TicketRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def put(self, ticket: Ticket) -> None:
-        """See core.contracts.store.TicketRows.put."""
         await put(self._connection, t.tickets, vars(ticket), changes=vars(ticket))
 
+    @override
     async def find(self, digest: str) -> Ticket | None:
-        """See core.contracts.store.TicketRows.find."""
         found = await self._connection.fetch(_TICKET, {"wanted_digest": digest})
         return Ticket(**found[0]) if found else None
 
+    @override
     async def take(self, digest: str, kind: str) -> Ticket | None:
-        """See core.contracts.store.TicketRows.take."""
         c = t.tickets.c
         found = await self._connection.execute(
             delete(t.tickets).where(c.digest == digest, c.kind == kind).returning(*c)
@@ -726,8 +736,8 @@ class TicketTable:
         row = found.mappings().first()
         return None if row is None else Ticket(**row)
 
+    @override
     async def forget(self, *, before: datetime) -> None:
-        """See core.contracts.store.TicketRows.forget."""
         await remove_some(self._connection, t.tickets, t.tickets.c.expires_at < before)
 
 

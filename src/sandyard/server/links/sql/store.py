@@ -35,6 +35,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, Operation
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, QueuePool
+from typing_extensions import override
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Turn
@@ -192,7 +193,7 @@ class SqlTransaction:
         self.tickets = TicketTable(connection)
 
 
-class PostgresStore:
+class PostgresStore(Store):
     """See core.contracts.store.Store.
 
     Readers see one moment (REPEATABLE READ). Writers of one organization take turns by an advisory
@@ -213,21 +214,21 @@ class PostgresStore:
         self._look_at = 0.0
 
     @asynccontextmanager
+    @override
     async def read(self) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.store.Store.read."""
         with _translated():
             async with self._transactions.begun(READ) as connection:
                 yield await self._transaction(connection)
 
     @asynccontextmanager
+    @override
     async def glance(self) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.store.Store.glance."""
         with _translated():
             yield SqlTransaction(_Once(self._transactions.fetch, self.engine.dialect), self._seal)
 
     @asynccontextmanager
+    @override
     async def write(self, turn: Turn | str) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.store.Store.write."""
         words = f"{WRITE}; {_locks(turn)}"
         with _translated():
             async with self._turn(turn), self._transactions.begun(words) as connection:
@@ -255,8 +256,8 @@ class PostgresStore:
         finally:
             lock.release()
 
+    @override
     async def ping(self) -> None:
-        """See core.contracts.store.Store.ping."""
         self._pings.resume()
         with self._limited():
             try:
@@ -306,7 +307,7 @@ class PostgresStore:
             log.debug("cannot look for suspended servers: %s", error)
 
 
-class SqliteStore:
+class SqliteStore(Store):
     """See core.contracts.store.Store.
 
     Statements run on the loop itself: the database is a file in the page cache, and each takes less
@@ -321,33 +322,34 @@ class SqliteStore:
         self._seal = seal
 
     @asynccontextmanager
+    @override
     async def read(self) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.store.Store.read."""
         with _translated(), self._reader.connect() as connection:
             yield SqlTransaction(_Inline(connection, writes=False), self._seal)
 
     @asynccontextmanager
+    @override
     async def glance(self) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.store.Store.glance."""
         with _translated(), self._reader.connect() as connection:
             inline = _Inline(connection, writes=False)
             yield SqlTransaction(_Once(inline.fetch, connection.dialect), self._seal)
 
     @asynccontextmanager
+    @override
     async def write(self, turn: Turn | str) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.store.Store.write; here everybody writes alone."""
+        """Begin a transaction; SQLite has one writer at a time."""
         del turn
         with _translated():
             async with self._batches.write() as connection:
                 yield SqlTransaction(_Inline(connection, writes=True), self._seal)
 
+    @override
     async def ping(self) -> None:
-        """See core.contracts.store.Store.ping."""
         async with self.glance() as tx:
             await tx.facts.moment("ping")
 
 
-class _Once:
+class _Once(Connection):
     """Runs exactly one read statement."""
 
     def __init__(
@@ -359,14 +361,14 @@ class _Once:
         self._fetch = fetch
         self._is_done = False
 
+    @override
     async def execute(
         self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
     ) -> CursorResult[Any]:
-        """See rows.Connection.execute."""
         raise InternalError("a glance takes one prepared statement; use read or write")
 
+    @override
     async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
-        """See rows.Connection.fetch."""
         if statement.writes:
             raise InternalError("a glance only reads; use write")
         if self._is_done:
@@ -374,12 +376,12 @@ class _Once:
         self._is_done = True
         return await self._fetch(statement, values)
 
+    @override
     async def run(self, statement: Prepared, values: Values) -> int:
-        """See rows.Connection.run."""
         raise InternalError("a glance only reads; use write")
 
 
-class _Inline:
+class _Inline(Connection):
     """A connection whose statements run synchronously.
 
     A read begins with its first statement. A write must have begun before: without a transaction,
@@ -391,20 +393,20 @@ class _Inline:
         self._writes = writes
         self.dialect = connection.dialect
 
+    @override
     async def execute(
         self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
     ) -> CursorResult[Any]:
-        """See rows.Connection.execute."""
         if self._writes:
             self._raw()
         return self._connection.execute(statement, parameters)
 
+    @override
     async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
-        """See rows.Connection.fetch."""
         return statement.fetch(self._raw(), values)
 
+    @override
     async def run(self, statement: Prepared, values: Values) -> int:
-        """See rows.Connection.run."""
         return statement.run(self._raw(), values)
 
     def _raw(self) -> sqlite3.Connection:
@@ -417,7 +419,7 @@ class _Inline:
         return raw
 
 
-class _Remote:
+class _Remote(Connection):
     """A connection to PostgreSQL, and its driver's connection."""
 
     def __init__(self, connection: AsyncConnection, raw: Any) -> None:
@@ -425,18 +427,18 @@ class _Remote:
         self._raw = raw
         self.dialect = connection.dialect
 
+    @override
     async def execute(
         self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
     ) -> CursorResult[Any]:
-        """See rows.Connection.execute."""
         return await self._connection.execute(statement, parameters)
 
+    @override
     async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
-        """See rows.Connection.fetch."""
         return await fetch(self._raw, statement, values)
 
+    @override
     async def run(self, statement: Prepared, values: Values) -> int:
-        """See rows.Connection.run."""
         return await run(self._raw, statement, values)
 
 

@@ -27,6 +27,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator
+from typing_extensions import override
 
 from sandyard.server.core.states import HIDDEN, Status
 
@@ -45,10 +46,12 @@ class Moment(TypeDecorator[datetime]):
     impl = BigInteger
     cache_ok = True
 
+    @override
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
         """Return the stored form."""
         return None if value is None else microseconds(value)
 
+    @override
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
         """Return the time in UTC from its stored form."""
         return None if value is None else _EPOCH + timedelta(microseconds=value)

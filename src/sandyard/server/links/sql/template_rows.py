@@ -21,9 +21,18 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import IntegrityError
+from typing_extensions import override
 
 from sandyard.server.core.codec import decode, encode
 from sandyard.server.core.contracts.node import version_name
+from sandyard.server.core.contracts.store import (
+    BuildRows,
+    CredentialRows,
+    OrgSecretRows,
+    TemplateRows,
+    UploadRows,
+    VersionRows,
+)
 from sandyard.server.core.errors import AlreadyExistsError
 from sandyard.server.core.records import (
     Build,
@@ -46,14 +55,14 @@ from sandyard.server.links.sql.seal import Seal
 _BUILD = tuple(one for one in t.builds.c if one.name != "plan_sealed")
 
 
-class TemplateTable:
+class TemplateTable(TemplateRows):
     """See core.contracts.store.TemplateRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def put(self, template: Template) -> None:
-        """See core.contracts.store.TemplateRows.put."""
         values = vars(template) | {"tags": dict(template.tags)}
         done = await self._connection.execute(
             update(t.templates)
@@ -63,24 +72,24 @@ class TemplateTable:
         if done.rowcount == 0:
             await self._connection.execute(insert(t.templates).values(values))
 
+    @override
     async def find(self, org_id: str, slug: str) -> Template | None:
-        """See core.contracts.store.TemplateRows.find."""
         found = await self._connection.execute(
             select(t.templates).where(*_of(t.templates, org_id, slug))
         )
         row = found.mappings().first()
         return None if row is None else Template(**row)
 
+    @override
     async def of(self, org_id: str) -> list[Template]:
-        """See core.contracts.store.TemplateRows.of."""
         c = t.templates.c
         found = await self._connection.execute(
             select(t.templates).where(c.org_id == org_id).order_by(c.slug)
         )
         return [Template(**row) for row in found.mappings()]
 
+    @override
     async def remove(self, org_id: str, slug: str, *, at: datetime) -> bool:
-        """See core.contracts.store.TemplateRows.remove."""
         versions = t.template_versions
         await self._connection.execute(
             update(versions)
@@ -101,37 +110,37 @@ class TemplateTable:
         return done.rowcount > 0
 
 
-class VersionTable:
+class VersionTable(VersionRows):
     """See core.contracts.store.VersionRows."""
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
         self._seal = seal
 
+    @override
     async def add(self, version: TemplateVersion) -> None:
-        """See core.contracts.store.VersionRows.add."""
         values = vars(version) | {"source": dict(version.source)}
         values["about_sealed"] = self._seal.close(
             {"about": json.dumps(encode(values.pop("about")))}
         )
         await self._connection.execute(insert(t.template_versions).values(values))
 
+    @override
     async def of(self, org_id: str, slug: str) -> list[TemplateVersion]:
-        """See core.contracts.store.VersionRows.of."""
         c = t.template_versions.c
         return await self._where(
             *_of(t.template_versions, org_id, slug), c.removed_at.is_(None), order=c.number.desc()
         )
 
+    @override
     async def kept(self, org_id: str) -> Kept:
-        """See core.contracts.store.VersionRows.kept."""
         c = t.template_versions.c
         return await _kept(
             self._connection, c.size_bytes, c.org_id == org_id, c.removed_at.is_(None)
         )
 
+    @override
     async def remove(self, version: TemplateVersion, *, at: datetime) -> bool:
-        """See core.contracts.store.VersionRows.remove."""
         c = t.template_versions.c
         done = await self._connection.execute(
             update(t.template_versions)
@@ -140,8 +149,8 @@ class VersionTable:
         )
         return done.rowcount > 0
 
+    @override
     async def every(self) -> list[VersionKey]:
-        """See core.contracts.store.VersionRows.every."""
         c = t.template_versions.c
         found = await self._connection.execute(
             select(c.org_id, c.slug, c.digest)
@@ -150,13 +159,13 @@ class VersionTable:
         )
         return [VersionKey(row.org_id, row.slug, row.digest) for row in found]
 
+    @override
     async def removed(self) -> list[TemplateVersion]:
-        """See core.contracts.store.VersionRows.removed."""
         c = t.template_versions.c
         return await self._where(c.removed_at.is_not(None), order=c.removed_at)
 
+    @override
     async def is_kept(self, version: TemplateVersion | VersionKey) -> bool:
-        """See core.contracts.store.VersionRows.is_kept."""
         c = t.template_versions.c
         found = await self._connection.execute(
             select(c.build_id)
@@ -170,8 +179,8 @@ class VersionTable:
         )
         return found.first() is not None
 
+    @override
     async def is_used(self, version: TemplateVersion) -> bool:
-        """See core.contracts.store.VersionRows.is_used."""
         name = version_name(version.slug, version.digest)
         live = and_(t.sandboxes.c.org_id == version.org_id, text(t.LIVE))
         for wanted in (
@@ -184,8 +193,8 @@ class VersionTable:
                 return True
         return False
 
+    @override
     async def about(self, org_id: str, slug: str, digest: str) -> VersionAbout | None:
-        """See core.contracts.store.VersionRows.about."""
         c = t.template_versions.c
         found = await self._connection.execute(
             select(c.about_sealed)
@@ -198,8 +207,8 @@ class VersionTable:
     def _about(self, sealed: str) -> VersionAbout:
         return decode(VersionAbout, json.loads(self._seal.open(sealed)["about"]))
 
+    @override
     async def forget(self, version: TemplateVersion) -> None:
-        """See core.contracts.store.VersionRows.forget."""
         c = t.template_versions.c
         await self._connection.execute(
             delete(t.template_versions).where(
@@ -219,26 +228,26 @@ class VersionTable:
         return versions
 
 
-class BuildTable:
+class BuildTable(BuildRows):
     """See core.contracts.store.BuildRows."""
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
         self._seal = seal
 
+    @override
     async def add(self, build: Build) -> None:
-        """See core.contracts.store.BuildRows.add."""
         values = self._values(build) | self._planned(build.plan)
         await self._connection.execute(insert(t.builds).values(values))
 
+    @override
     async def find(self, org_id: str, build_id: str) -> Build | None:
-        """See core.contracts.store.BuildRows.find."""
         c = t.builds.c
         found = await self._builds(select(*_BUILD).where(c.id == build_id, c.org_id == org_id))
         return found[0] if found else None
 
+    @override
     async def page(self, org_id: str, slug: str, *, limit: int) -> list[Build]:
-        """See core.contracts.store.BuildRows.page."""
         c = t.builds.c
         return await self._builds(
             select(*_BUILD)
@@ -247,8 +256,8 @@ class BuildTable:
             .limit(limit)
         )
 
+    @override
     async def count(self, org_id: str, *statuses: BuildStatus) -> int:
-        """See core.contracts.store.BuildRows.count."""
         c = t.builds.c
         found = await self._connection.execute(
             select(func.count()).where(
@@ -259,16 +268,16 @@ class BuildTable:
         )
         return int(found.scalar_one())
 
+    @override
     async def waiting(self, org_id: str, build_id: str) -> Build | None:
-        """See core.contracts.store.BuildRows.waiting."""
         c = t.builds.c
         found = await self._builds(
             select(t.builds).where(c.id == build_id, c.org_id == org_id, _is_waiting())
         )
         return found[0] if found else None
 
+    @override
     async def describe(self, build: Build) -> bool:
-        """See core.contracts.store.BuildRows.describe."""
         done = await self._connection.execute(
             update(t.builds)
             .where(t.builds.c.id == build.id, _is_waiting())
@@ -276,8 +285,8 @@ class BuildTable:
         )
         return done.rowcount > 0
 
+    @override
     async def claim(self, server_id: str, *, lease: str, lasts: timedelta) -> Build | None:
-        """See core.contracts.store.BuildRows.claim."""
         c, other = t.builds.c, t.builds.alias("other").c
         is_free = or_(c.lease_until.is_(None), c.lease_until < t.now())
         in_progress = (
@@ -316,8 +325,8 @@ class BuildTable:
             *t.builds.c,
         )
 
+    @override
     async def place(self, build: Build) -> int:
-        """See core.contracts.store.BuildRows.place."""
         c = t.builds.c
         before = or_(
             c.created_at < build.created_at,
@@ -333,8 +342,8 @@ class BuildTable:
         )
         return int(found.scalar_one()) + 1
 
+    @override
     async def save(self, build: Build, *, lease: str, lasts: timedelta | None) -> Build | None:
-        """See core.contracts.store.BuildRows.save."""
         c = t.builds.c
         values = self._values(build)
         del values["is_cancelled"]
@@ -349,8 +358,8 @@ class BuildTable:
             *_BUILD,
         )
 
+    @override
     async def cancel(self, org_id: str, build_id: str, *, at: datetime) -> bool:
-        """See core.contracts.store.BuildRows.cancel."""
         c = t.builds.c
         which = (c.id == build_id, c.org_id == org_id, c.ended_at.is_(None))
         done = await self._connection.execute(
@@ -369,8 +378,8 @@ class BuildTable:
         )
         return done.rowcount > 0
 
+    @override
     async def give_up(self, *, before: datetime, at: datetime, error: str) -> list[Build]:
-        """See core.contracts.store.BuildRows.give_up."""
         c = t.builds.c
         return await self._builds(
             update(t.builds)
@@ -389,16 +398,16 @@ class BuildTable:
             .returning(*_BUILD)
         )
 
+    @override
     async def expire(self, *, before: datetime, at: datetime, error: str) -> None:
-        """See core.contracts.store.BuildRows.expire."""
         await self._connection.execute(
             update(t.builds)
             .where(_is_waiting(), t.builds.c.created_at < before)
             .values(status=BuildStatus.FAILED.value, ended_at=at, error=error, **self._planned({}))
         )
 
+    @override
     async def prune(self, org_id: str, slug: str, *, keep: int, keep_logs: int) -> None:
-        """See core.contracts.store.BuildRows.prune."""
         c, v, lines = t.builds.c, t.template_versions.c, t.build_lines
         ended = (*_of(t.builds, org_id, slug), c.ended_at.is_not(None))
         found = await self._connection.execute(
@@ -413,14 +422,14 @@ class BuildTable:
         emptied = c.id.in_(every[keep_logs:])
         await self._connection.execute(update(t.builds).where(emptied).values(lines=0))
 
+    @override
     async def append(self, build_id: str, lines: Sequence[BuildLine]) -> None:
-        """See core.contracts.store.BuildRows.append."""
         if lines:
             rows = [{"build_id": build_id, **vars(one)} for one in lines]
             await self._connection.execute(insert(t.build_lines), rows)
 
+    @override
     async def read(self, build_id: str, *, after: int, limit: int) -> list[BuildLine]:
-        """See core.contracts.store.BuildRows.read."""
         c = t.build_lines.c
         found = await self._connection.execute(
             select(c.number, c.at, c.phase, c.text)
@@ -455,18 +464,18 @@ class BuildTable:
         return Build(**values, plan=plan, status=status, stages=stages)
 
 
-class UploadTable:
+class UploadTable(UploadRows):
     """See core.contracts.store.UploadRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    @override
     async def add(self, upload: Upload) -> None:
-        """See core.contracts.store.UploadRows.add."""
         await self._connection.execute(insert(t.uploads).values(vars(upload)))
 
+    @override
     async def find(self, org_id: str, upload_id: str) -> Upload | None:
-        """See core.contracts.store.UploadRows.find."""
         c = t.uploads.c
         found = await self._connection.execute(
             select(t.uploads).where(c.id == upload_id, c.org_id == org_id)
@@ -474,54 +483,54 @@ class UploadTable:
         row = found.mappings().first()
         return None if row is None else Upload(**row)
 
+    @override
     async def kept(self, org_id: str) -> Kept:
-        """See core.contracts.store.UploadRows.kept."""
         c = t.uploads.c
         return await _kept(self._connection, c.size_bytes, c.org_id == org_id)
 
+    @override
     async def old(self, server_id: str, *, before: datetime) -> list[Upload]:
-        """See core.contracts.store.UploadRows.old."""
         c = t.uploads.c
         found = await self._connection.execute(
             select(t.uploads).where(c.server_id == server_id, c.created_at < before)
         )
         return [Upload(**row) for row in found.mappings()]
 
+    @override
     async def remove(self, upload_id: str, *, since: datetime | None = None) -> bool:
-        """See core.contracts.store.UploadRows.remove."""
         c = t.uploads.c
         which = [c.id == upload_id] if since is None else [c.id == upload_id, c.created_at == since]
         done = await self._connection.execute(delete(t.uploads).where(*which))
         return done.rowcount > 0
 
 
-class CredentialTable:
+class CredentialTable(CredentialRows):
     """See core.contracts.store.CredentialRows."""
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
         self._seal = seal
 
+    @override
     async def add(self, credential: RegistryCredential) -> None:
-        """See core.contracts.store.CredentialRows.add."""
         values = dict(vars(credential))
         secret = {name: values.pop(name) for name in ("username", "password")}
         await self._connection.execute(
             insert(t.registry_credentials).values(**values, sealed=self._seal.close(secret))
         )
 
+    @override
     async def find(self, org_id: str, credential_id: str) -> RegistryCredential | None:
-        """See core.contracts.store.CredentialRows.find."""
         c = t.registry_credentials.c
         found = await self._where(c.id == credential_id, c.org_id == org_id)
         return found[0] if found else None
 
+    @override
     async def of(self, org_id: str) -> list[RegistryCredential]:
-        """See core.contracts.store.CredentialRows.of."""
         return await self._where(t.registry_credentials.c.org_id == org_id)
 
+    @override
     async def remove(self, org_id: str, credential_id: str) -> bool:
-        """See core.contracts.store.CredentialRows.remove."""
         c = t.registry_credentials.c
         done = await self._connection.execute(
             delete(t.registry_credentials).where(c.id == credential_id, c.org_id == org_id)
@@ -542,15 +551,15 @@ class CredentialTable:
         return credentials
 
 
-class OrgSecretTable:
+class OrgSecretTable(OrgSecretRows):
     """See core.contracts.store.OrgSecretRows."""
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
         self._seal = seal
 
+    @override
     async def add(self, secret: Secret) -> None:
-        """See core.contracts.store.OrgSecretRows.add."""
         try:
             await self._connection.execute(insert(t.org_secrets).values(**self._values(secret)))
         except IntegrityError as error:
@@ -558,30 +567,30 @@ class OrgSecretTable:
                 f"cannot add the secret {secret.name}: there is one of that name; replace its value"
             ) from error
 
+    @override
     async def find(self, org_id: str, name: str) -> Secret | None:
-        """See core.contracts.store.OrgSecretRows.find."""
         found = await self._where(*_named(org_id, name))
         return found[0] if found else None
 
+    @override
     async def of(self, org_id: str) -> list[Secret]:
-        """See core.contracts.store.OrgSecretRows.of."""
         return await self._where(t.org_secrets.c.org_id == org_id)
 
+    @override
     async def replace(self, secret: Secret) -> bool:
-        """See core.contracts.store.OrgSecretRows.replace."""
         values = self._values(secret)
         kept = {name: values[name] for name in ("hosts", "sealed", "changed_at")}
         which = _named(secret.org_id, secret.name)
         done = await self._connection.execute(update(t.org_secrets).where(*which).values(**kept))
         return done.rowcount > 0
 
+    @override
     async def remove(self, org_id: str, name: str) -> bool:
-        """See core.contracts.store.OrgSecretRows.remove."""
         done = await self._connection.execute(delete(t.org_secrets).where(*_named(org_id, name)))
         return done.rowcount > 0
 
+    @override
     async def used(self, org_id: str, name: str, *, at: datetime) -> None:
-        """See core.contracts.store.OrgSecretRows.used."""
         c = t.org_secrets.c
         is_later = or_(c.last_used_at.is_(None), c.last_used_at < at)
         await self._connection.execute(

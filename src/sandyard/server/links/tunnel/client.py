@@ -10,8 +10,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Self
 
+from typing_extensions import override
+
 from sandyard.server.core.codec import CodecError, encode
-from sandyard.server.core.contracts.node import MachineRef, Opened
+from sandyard.server.core.contracts.node import MachineRef, NodeTunnel, Opened
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnavailableError
 from sandyard.server.core.ops import AnswerT, Operation, answer_of, request_of
 from sandyard.server.links.tunnel.ends import name_of, watch_over
@@ -47,7 +49,7 @@ class NodeAddress:
     name: str
 
 
-class Tunnels:
+class Tunnels(NodeTunnel):
     """See core.contracts.node.NodeTunnel: to whichever node is meant. Use it as a block.
 
     `place_of` returns where a node is now, None if that is unknown.
@@ -71,10 +73,10 @@ class Tunnels:
         self._idle.clear()
 
     @asynccontextmanager
+    @override
     async def open(
         self, machine: MachineRef, operation: Operation[AnswerT]
     ) -> AsyncIterator[Opened[AnswerT]]:
-        """See core.contracts.node.NodeTunnel.open."""
         place = self._place_of(machine.node_id)
         if place is None:
             raise NotFoundError("cannot do this: the sandbox's node is unknown")

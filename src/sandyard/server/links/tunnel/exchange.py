@@ -3,6 +3,9 @@
 import asyncio
 from collections import deque
 
+from typing_extensions import override
+
+from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.links.tunnel.frames import (
     PIECE,
@@ -17,7 +20,7 @@ from sandyard.server.links.tunnel.frames import (
 _AT_ONCE = 64
 
 
-class TunnelExchange:
+class TunnelExchange(ByteStream):
     """See core.contracts.node.ByteStream. Nothing arrives unless `run` runs concurrently."""
 
     def __init__(self, line: Line) -> None:
@@ -79,9 +82,9 @@ class TunnelExchange:
         async with self._changed:
             self._changed.notify_all()
 
+    @override
     async def read(self, limit: int) -> bytes:
-        """See core.contracts.node.ByteStream.read; the end of what came before an error is read
-        first."""
+        """Return what arrived before an error, then raise the error."""
         async with self._changed:
             await self._changed.wait_for(
                 lambda: self._came or self._has_ended or self._trouble or self._is_over
@@ -103,8 +106,8 @@ class TunnelExchange:
             await self._say(FrameKind.TAKEN, owed.to_bytes(4, "big"))
         return data
 
+    @override
     async def write(self, data: bytes) -> None:
-        """See core.contracts.node.ByteStream.write."""
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
             await self._until_there_is_room(len(piece))
@@ -121,8 +124,9 @@ class TunnelExchange:
                 lambda: self._may_send >= size or self._trouble is not None or self._is_over
             )
 
+    @override
     async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof. Idempotent."""
+        """End the stream; calling it again has no effect."""
         if not self._is_said:
             self._is_said = True
             await self._say(FrameKind.END)

@@ -10,6 +10,8 @@ import ssl
 from collections.abc import Callable
 from typing import cast
 
+from typing_extensions import override
+
 from sandyard.server.core.sources import BySource, source_of
 
 log = logging.getLogger(__name__)
@@ -82,8 +84,8 @@ class _Arriving(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._is_aborted = False
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See asyncio.Protocol."""
         self._transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         self._handshakes.enter(self, peer[0] if peer else "unknown")
@@ -123,16 +125,17 @@ class _Early(asyncio.Protocol):
         self._data = bytearray()
         self._is_over = self._is_lost = False
 
+    @override
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
         self._data += data
 
+    @override
     def eof_received(self) -> None:
-        """See asyncio.Protocol; TLS closes the transport."""
+        """Do nothing: TLS closes the transport."""
         self._is_over = True
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
         self._is_lost = True
 
     def hand_over(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
