@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from typing_extensions import override
+
 from sandyard.server.drivers.background import Entry
 
 Handle = Mapping[str, str | int]
@@ -262,6 +264,7 @@ class SavingDriver(Driver, Protocol):
         """
         ...
 
+    @override
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> SavingMachine:
         """See `Driver.start`."""
         ...

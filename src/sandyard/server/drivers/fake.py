@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import assert_never
 
+from typing_extensions import override
+
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.node import POWERED_OFF, REBOOTED
@@ -32,6 +34,8 @@ from sandyard.server.drivers.contract import (
     MachineSpec,
     ProbeSpec,
     Saved,
+    SavingDriver,
+    SavingMachine,
     Verdict,
 )
 from sandyard.server.drivers.fake_files import (
@@ -104,14 +108,14 @@ class FakeHost:
     """The versions of the hypervisor that are installed; the first starts new machines."""
 
 
-class FakeMachine:
+class FakeMachine(SavingMachine):
     """A fake machine. What it `remembers` is its memory, and is saved and restored."""
 
     def __init__(
         self, host: FakeHost, spec: MachineSpec, conduct: Conduct, *, version: str
     ) -> None:
-        self.pid = next(_PIDS)
-        self.version = version
+        self._pid = next(_PIDS)
+        self._version = version
         self.spec = spec
         self._host = host
         self._conduct = conduct
@@ -135,6 +139,16 @@ class FakeMachine:
         self._has_halted = False
 
     @property
+    @override
+    def pid(self) -> int:
+        return self._pid
+
+    @property
+    @override
+    def version(self) -> str:
+        return self._version
+
+    @property
     def _programs(self) -> FakePrograms:
         # Its memory is saved, and with it which processes it has.
         key = self.remembers.setdefault("programs", str(self.pid))
@@ -146,8 +160,8 @@ class FakeMachine:
         return self._host.files.setdefault(key, FakeFiles())
 
     @property
+    @override
     def handle(self) -> Handle:
-        """See drivers.contract.Machine.handle."""
         return {"pid": self.pid}
 
     async def boot(self) -> None:
@@ -178,54 +192,55 @@ class FakeMachine:
             raise
         await self._serve(reader, writer)
 
+    @override
     async def console(self) -> bytes:
-        """See drivers.contract.Machine.console."""
         tick = next(self._ticks)
         return f"tick {tick}\n".encode() if self._conduct.makes_progress or tick == 0 else b""
 
+    @override
     async def stall(self) -> End | None:
-        """See drivers.contract.Machine.stall."""
         if self._conduct.is_given_up:
             self.die()
         return _ENDS["poweroff"] if self._has_halted else self.stalled
 
+    @override
     async def wait(self) -> End:
-        """See drivers.contract.Machine.wait."""
         await self._ended.wait()
         return self._end
 
+    @override
     async def stop(self) -> None:
-        """See drivers.contract.Machine.stop."""
         if not self._conduct.can_be_stopped and not self._ended.is_set():
             raise UnavailableError(f"cannot end the process {self.pid}: it does not react")
         self.die()
         self.close()
 
+    @override
     async def detach(self) -> None:
-        """See drivers.contract.Machine.detach."""
+        pass
 
+    @override
     def come_forward(self) -> None:
-        """See drivers.contract.Machine.come_forward."""
         self.is_behind = False
 
+    @override
     async def pause(self) -> None:
-        """See drivers.contract.SavingMachine.pause."""
         self._check_lives()
         self.is_held = True
         self._moving.clear()
 
+    @override
     async def resume(self) -> None:
-        """See drivers.contract.SavingMachine.resume."""
         self._check_lives()
         self.is_held = False
         self._moving.set()
 
+    @override
     async def is_paused(self) -> bool:
-        """See drivers.contract.SavingMachine.is_paused."""
         return self.is_held
 
+    @override
     async def save(self, folder: Path) -> Saved:
-        """See drivers.contract.SavingMachine.save."""
         folder.mkdir()
         self.is_saving = True
         await asyncio.sleep(self._conduct.save_delay_s)
@@ -239,8 +254,8 @@ class FakeMachine:
         (folder / "pages").write_text(json.dumps(self.remembers))
         return Saved(folder, self.version)
 
+    @override
     async def grow_disk(self, size_mib: int) -> None:
-        """See drivers.contract.SavingMachine.grow_disk."""
         self._check_lives()
         self.disk_mib = size_mib
 
@@ -675,7 +690,7 @@ _CODES: dict[type[Exception], wire.Refusal] = {
 }
 
 
-class FakeDriver:
+class FakeDriver(SavingDriver):
     """See drivers.contract.SavingDriver."""
 
     name = "fake"
@@ -687,26 +702,31 @@ class FakeDriver:
         *,
         saves: bool = True,
     ) -> None:
-        self.capabilities = Capabilities(saves=saves)
+        self._saves = saves
         self._host = host
         self.conduct = conduct or Conduct()
 
+    @property
+    @override
+    def capabilities(self) -> Capabilities:
+        return Capabilities(saves=self._saves)
+
+    @override
     async def version(self) -> str:
-        """See drivers.contract.Driver.version."""
         return self._host.installed[0]
 
+    @override
     async def versions(self) -> list[str]:
-        """See drivers.contract.SavingDriver.versions."""
         return list(self._host.installed)
 
+    @override
     async def probe(self, spec: ProbeSpec) -> Verdict:
-        """See drivers.contract.Driver.probe."""
         if self.conduct.is_usable:
             return Verdict(True, "fake machines start anywhere")
         return Verdict(False, "told not to be usable")
 
+    @override
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> FakeMachine:
-        """See drivers.contract.Driver.start."""
         conduct = self.conduct
         if not conduct.starts:
             raise InternalError(f"cannot start {spec.name}: told not to")
@@ -719,8 +739,8 @@ class FakeDriver:
             machine.die()
         return machine
 
+    @override
     async def restore(self, spec: MachineSpec, saved: Saved, held: AsyncExitStack) -> FakeMachine:
-        """See drivers.contract.SavingDriver.restore."""
         if not self.conduct.restores:
             raise InternalError(f"cannot restore {spec.name}: told not to")
         pages = saved.folder / "pages"
@@ -741,8 +761,8 @@ class FakeDriver:
         await machine.pause()
         return machine
 
+    @override
     async def make_whole(self, saved: Saved, memory: Path) -> None:
-        """See drivers.contract.SavingDriver.make_whole."""
         (saved.folder / "pages").rename(saved.memory)
 
     def _make(self, spec: MachineSpec, held: AsyncExitStack, *, version: str) -> FakeMachine:
@@ -751,8 +771,8 @@ class FakeDriver:
         held.push_async_callback(machine.stop)
         return machine
 
+    @override
     async def recover(self, handle: Handle, held: AsyncExitStack) -> FakeMachine | None:
-        """See drivers.contract.Driver.recover."""
         machine = self._host.machines.get(int(handle["pid"]))
         if machine is None:
             return None

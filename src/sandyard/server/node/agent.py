@@ -12,6 +12,8 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
+from typing_extensions import override
+
 from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.clock import Clock
@@ -53,7 +55,7 @@ _SPARE_S = 60.0  # well within the agent's limit for a first line
 Dial = Callable[[float], Awaitable[socket.socket]]
 
 
-class AgentStream:
+class AgentStream(ByteStream):
     """See core.contracts.node.ByteStream. `last` receives what is read, if that matters."""
 
     def __init__(
@@ -76,8 +78,8 @@ class AgentStream:
         """Whether received data has not been read yet."""
         return bool(self._first)
 
+    @override
     async def read(self, limit: int) -> bytes:
-        """See core.contracts.node.ByteStream.read."""
         data = await self._read(limit)
         if self._last is not None:  # of an operation that ends with a frame
             self._last.feed(data)
@@ -95,8 +97,8 @@ class AgentStream:
             raise self._gone()
         return data
 
+    @override
     async def write(self, data: bytes) -> None:
-        """See core.contracts.node.ByteStream.write."""
         self.is_written = True
         try:
             self._writer.write(data)
@@ -104,8 +106,8 @@ class AgentStream:
         except OSError as error:
             raise self._gone() from error
 
+    @override
     async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof."""
         self.is_written = True
         with contextlib.suppress(OSError):
             self._writer.write_eof()

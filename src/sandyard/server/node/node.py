@@ -9,7 +9,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from sandyard.server.core.contracts.node import MachineRef, NodeOperation, Opened, Phase
+from typing_extensions import override
+
+from sandyard.server.core.contracts.node import (
+    MachineRef,
+    NodeControl,
+    NodeOperation,
+    NodeTunnel,
+    Opened,
+    Phase,
+)
 from sandyard.server.core.copies import ReadCopy, WriteCopy
 from sandyard.server.core.errors import NoCapacityError, SandyardError
 from sandyard.server.core.node_ops import AnyNodeOperation
@@ -42,7 +51,7 @@ _LITTLE_DISK_MIB = 512
 _COPY_MARGIN_MIB = 2048
 
 
-class Node:
+class Node(NodeControl, NodeTunnel):
     """See NodeControl and NodeTunnel in core.contracts.node. Use it inside `running`."""
 
     def __init__(
@@ -126,8 +135,8 @@ class Node:
         )
 
     @property
+    @override
     def node_id(self) -> str:
-        """See core.contracts.node.NodeControl.node_id."""
         return self._node_id
 
     @asynccontextmanager
@@ -148,16 +157,16 @@ class Node:
             finally:
                 await to_the_end(self._detach())
 
+    @override
     async def do(self, operation: NodeOperation[AnswerT]) -> AnswerT:
-        """See core.contracts.node.NodeControl.do."""
         answer = await self._requests.do(cast("AnyNodeOperation", operation))
         return cast("AnswerT", answer)
 
     @asynccontextmanager
+    @override
     async def open(
         self, machine: MachineRef, operation: Operation[AnswerT]
     ) -> AsyncIterator[Opened[AnswerT]]:
-        """See core.contracts.node.NodeTunnel.open."""
         if isinstance(operation, ReadCopy | WriteCopy):
             async with self._opened_copy(operation) as copy:
                 yield copy

@@ -17,6 +17,8 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
+from typing_extensions import override
+
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
@@ -31,6 +33,8 @@ from sandyard.server.drivers.contract import (
     MachineSpec,
     ProbeSpec,
     Saved,
+    SavingDriver,
+    SavingMachine,
     Verdict,
 )
 from sandyard.server.drivers.ends import HALTED, TAIL, Standstill, end_of_guest, says_halted
@@ -82,7 +86,7 @@ _SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
 _DIED = End("machine_died", "the hypervisor's process ended unexpectedly")
 
 
-class FirecrackerMachine:
+class FirecrackerMachine(SavingMachine):
     """See drivers.contract.SavingMachine."""
 
     def __init__(self, process: DetachedProcess, api: Api, jail: Jail, handle: Handle) -> None:
@@ -97,18 +101,18 @@ class FirecrackerMachine:
         self._is_closed = False
 
     @property
+    @override
     def handle(self) -> Handle:
-        """See drivers.contract.Machine.handle."""
         return self._handle
 
     @property
+    @override
     def version(self) -> str:
-        """See drivers.contract.SavingMachine.version."""
         return str(self._handle["version"])
 
     @property
+    @override
     def pid(self) -> int:
-        """See drivers.contract.Machine.pid."""
         return self._process.pid
 
     @property
@@ -122,8 +126,8 @@ class FirecrackerMachine:
         told = [one.split("] ", 1)[-1] for one in lines if re.search(r"rror|xiting|fail", one)]
         return told[-1][:300] if told else ""
 
+    @override
     async def console(self) -> bytes:
-        """See drivers.contract.Machine.console."""
         said = read_pipe(self._console) if self._console is not None else b""
         self._said = (self._said + said)[-TAIL:]
         if self._log is not None:
@@ -131,32 +135,34 @@ class FirecrackerMachine:
             self._last_words = (self._last_words + read_pipe(self._log))[-TAIL:]
         return said
 
+    @override
     async def stall(self) -> End | None:
-        """See drivers.contract.Machine.stall. A full disk is an error that the guest sees."""
+        """Tell why a halted guest stands still. A full disk is not a reason here: the guest sees an
+        I/O error."""
         if says_halted(self._said):
             with suppress(SandyardError):
                 stands = self._standstill.is_found(self.pid, _processors_of(self.pid))
                 return HALTED if stands and not await self.is_paused() else None
         return None
 
+    @override
     async def wait(self) -> End:
-        """See drivers.contract.Machine.wait."""
         await self._process.wait()
         await self.console()
         if (end := end_of_guest(self._said)) is not None:
             return end
         return _SHUTDOWN if b"exit_code=0" in self._last_words else _DIED
 
+    @override
     async def stop(self) -> None:
-        """See drivers.contract.Machine.stop."""
         if self._is_closed:
             return
         await self._process.kill()
         await self._close()
         self._jail.remove()
 
+    @override
     async def detach(self) -> None:
-        """See drivers.contract.Machine.detach."""
         await self._close()
 
     async def _close(self) -> None:
@@ -168,29 +174,30 @@ class FirecrackerMachine:
                 os.close(descriptor)
         self._console = self._log = None
 
+    @override
     def come_forward(self) -> None:
-        """See drivers.contract.Machine.come_forward."""
         set_nice(self.pid, 0)
 
+    @override
     async def pause(self) -> None:
-        """See drivers.contract.SavingMachine.pause."""
         await self._api.pause()
         await in_thread(_sync, Path(str(self._handle["disk"])))
 
+    @override
     async def resume(self) -> None:
-        """See drivers.contract.SavingMachine.resume."""
         await self._api.resume()
 
+    @override
     async def is_paused(self) -> bool:
-        """See drivers.contract.SavingMachine.is_paused."""
         return await self._api.state() == "Paused"
 
+    @override
     async def save(self, folder: Path) -> Saved:
-        """See drivers.contract.SavingMachine.save.
+        """Save the machine's state, and all pages written since it was loaded.
 
         Firecracker counts what is written from save to save, and lays each time's pages over what
-        the file has: so the file stays in the jail for as long as the process lives, and holds all
-        that was written since the machine was loaded, whatever became of the saves before.
+        the file has: so the file stays in the jail for as long as the process lives, whatever
+        became of the saves before.
         """
         folder.mkdir(mode=0o700)
         (self._jail.root / _STATE).unlink(missing_ok=True)
@@ -202,13 +209,13 @@ class FirecrackerMachine:
         await in_thread(self._jail.copy_out, _PAGES, folder / _PAGES)
         return Saved(folder, self.version)
 
+    @override
     async def grow_disk(self, size_mib: int) -> None:
-        """See drivers.contract.SavingMachine.grow_disk."""
         await in_thread(os.truncate, Path(str(self._handle["disk"])), size_mib * 2**20)
         await self._api.reread_drive(_DISK, f"/{_DISK}")
 
 
-class FirecrackerDriver:
+class FirecrackerDriver(SavingDriver):
     """See drivers.contract.SavingDriver.
 
     `cache` is a folder for unpacked kernels, `group` names the control group above those of all
@@ -241,8 +248,8 @@ class FirecrackerDriver:
         self._network_limiter = network_limiter
         self._has_swept = False
 
+    @override
     async def version(self) -> str:
-        """See drivers.contract.Driver.version."""
         found = []
         for one in self._programs:
             if shutil.which(one.name) is None:
@@ -262,12 +269,12 @@ class FirecrackerDriver:
             )
         return found[0]
 
+    @override
     async def versions(self) -> list[str]:
-        """See drivers.contract.SavingDriver.versions."""
         return [await self.version()]
 
+    @override
     async def probe(self, spec: ProbeSpec) -> Verdict:
-        """See drivers.contract.Driver.probe."""
         try:
             version = await self.version()
             if not can_open():
@@ -326,8 +333,8 @@ class FirecrackerDriver:
             why = machine.trouble() or "it ended at once"
             return Verdict(False, f"a probe machine did not boot: {why}")
 
+    @override
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> FirecrackerMachine:
-        """See drivers.contract.Driver.start."""
         memory_mib = spec.memory_mib + _OWN_SHARE_MIB
         spec.memory.unlink(missing_ok=True)
         make_empty(spec.memory, memory_mib)
@@ -363,10 +370,10 @@ class FirecrackerDriver:
             (jail.root / name).unlink(missing_ok=True)
         return machine
 
+    @override
     async def restore(
         self, spec: MachineSpec, saved: Saved, held: AsyncExitStack
     ) -> FirecrackerMachine:
-        """See drivers.contract.SavingDriver.restore."""
         size = (spec.memory_mib + _OWN_SHARE_MIB) * 2**20
         if not spec.memory.exists() or spec.memory.stat().st_size != size:
             raise ConflictError(f"cannot restore {spec.name}: its memory file is not whole")
@@ -391,14 +398,14 @@ class FirecrackerDriver:
             (jail.root / name).unlink(missing_ok=True)
         return machine
 
+    @override
     async def make_whole(self, saved: Saved, memory: Path) -> None:
-        """See drivers.contract.SavingDriver.make_whole."""
         pages = saved.folder / _PAGES
         await in_thread(merge_sparse, memory, pages, saved.memory)
         pages.unlink()
 
+    @override
     async def recover(self, handle: Handle, held: AsyncExitStack) -> FirecrackerMachine | None:
-        """See drivers.contract.Driver.recover."""
         jail = Jail(
             Path(str(handle["folder"])),
             str(handle["name"]),

@@ -13,6 +13,8 @@ from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
+from typing_extensions import override
+
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
@@ -28,6 +30,8 @@ from sandyard.server.drivers.contract import (
     MachineSpec,
     ProbeSpec,
     Saved,
+    SavingDriver,
+    SavingMachine,
     Verdict,
 )
 from sandyard.server.drivers.ends import (
@@ -87,7 +91,7 @@ _DISK_FULL = End(
 )
 
 
-class QemuMachine:
+class QemuMachine(SavingMachine):
     """See drivers.contract.SavingMachine."""
 
     def __init__(self, process: DetachedProcess, monitor: Monitor, handle: Handle) -> None:
@@ -100,22 +104,22 @@ class QemuMachine:
         self._standstill = Standstill()
 
     @property
+    @override
     def handle(self) -> Handle:
-        """See drivers.contract.Machine.handle."""
         return self._handle
 
     @property
+    @override
     def pid(self) -> int:
-        """See drivers.contract.Machine.pid."""
         return self._process.pid
 
     @property
+    @override
     def version(self) -> str:
-        """See drivers.contract.SavingMachine.version."""
         return str(self._handle["version"])
 
+    @override
     async def console(self) -> bytes:
-        """See drivers.contract.Machine.console."""
         arguments = {"device": command.CONSOLE, "size": command.CONSOLE_SIZE, "format": "base64"}
         with contextlib.suppress(UnavailableError):
             data = await self._monitor.call("ringbuf-read", arguments)
@@ -127,8 +131,8 @@ class QemuMachine:
                 return said
         return b""
 
+    @override
     async def stall(self) -> End | None:
-        """See drivers.contract.Machine.stall."""
         try:
             status = await self._monitor.status()
         except UnavailableError:
@@ -152,8 +156,8 @@ class QemuMachine:
             return self._standstill.is_found(self.pid, await self._monitor.processors())
         return False
 
+    @override
     async def wait(self) -> End:
-        """See drivers.contract.Machine.wait."""
         async with asyncio.TaskGroup() as tasks:
             died = tasks.create_task(self._process.wait())
             ended = tasks.create_task(self._guest_end())
@@ -163,8 +167,8 @@ class QemuMachine:
             ended.cancel()
         return end
 
+    @override
     async def stop(self) -> None:
-        """See drivers.contract.Machine.stop."""
         if self._is_closed:
             return
         # No orderly shutdown is needed: the disk is discarded, or has a journal.
@@ -173,18 +177,18 @@ class QemuMachine:
         await self._monitor.close()
         self._process.close()
 
+    @override
     async def detach(self) -> None:
-        """See drivers.contract.Machine.detach."""
         await self._monitor.close()
         self._process.close()
         self._is_closed = True
 
+    @override
     def come_forward(self) -> None:
-        """See drivers.contract.Machine.come_forward."""
         set_nice(self.pid, 0)
 
+    @override
     async def pause(self) -> None:
-        """See drivers.contract.SavingMachine.pause."""
         self._is_held = True
         try:
             await self._monitor.call("stop")
@@ -192,17 +196,17 @@ class QemuMachine:
             self._is_held = False
             raise
 
+    @override
     async def resume(self) -> None:
-        """See drivers.contract.SavingMachine.resume."""
         self._is_held = False
         await self._monitor.call("cont")
 
+    @override
     async def is_paused(self) -> bool:
-        """See drivers.contract.SavingMachine.is_paused."""
         return await self._monitor.status() in _STILL
 
+    @override
     async def save(self, folder: Path) -> Saved:
-        """See drivers.contract.SavingMachine.save."""
         folder.mkdir(mode=0o700)
         memory_file = Path(str(self._handle["memory"]))
         # Concurrently: the guest is suspended, and neither writes to its memory.
@@ -233,8 +237,8 @@ class QemuMachine:
         finally:
             written.unlink(missing_ok=True)
 
+    @override
     async def grow_disk(self, size_mib: int) -> None:
-        """See drivers.contract.SavingMachine.grow_disk."""
         await self._monitor.call("block_resize", {"device": command.DISK, "size": size_mib * 2**20})
 
     async def load(self, memory_file: Path, saved: Saved, state: Path) -> None:
@@ -318,7 +322,7 @@ class _Stderr:
         return data
 
 
-class QemuDriver:
+class QemuDriver(SavingDriver):
     """See drivers.contract.SavingDriver. `accel` is kvm or tcg; `tb_size_mib` is how much
     translated code a machine may keep, by its memory if it is None. `kept_binaries` are of other
     versions: they restore what they have saved."""
@@ -335,15 +339,19 @@ class QemuDriver:
         mounts: Path | None = None,
     ) -> None:
         self._mounts = mounts
-        self.name = f"qemu-{accel}"
         self._accel = accel
         self._binary = Binary(binary, _version_of)
         self._kept_binaries = [Binary(one, _version_of) for one in kept_binaries]
         self._tb_size_mib = tb_size_mib
         self._tsc_khz: int | None = None
 
+    @property
+    @override
+    def name(self) -> str:
+        return f"qemu-{self._accel}"
+
+    @override
     async def version(self) -> str:
-        """See drivers.contract.Driver.version."""
         try:
             return await self._binary.version()
         except UnavailableError as error:
@@ -351,8 +359,8 @@ class QemuDriver:
                 f"{error.message}; install the package qemu-system-x86"
             ) from error
 
+    @override
     async def versions(self) -> list[str]:
-        """See drivers.contract.SavingDriver.versions."""
         found = [await self.version()]
         for one in self._kept_binaries:
             with contextlib.suppress(UnavailableError):
@@ -366,8 +374,8 @@ class QemuDriver:
                     return one
         return self._binary
 
+    @override
     async def probe(self, spec: ProbeSpec) -> Verdict:
-        """See drivers.contract.Driver.probe."""
         console = spec.scratch / "console"
         try:
             version = await self.version()
@@ -424,14 +432,14 @@ class QemuDriver:
         last = output.decode(errors="replace").strip().splitlines()[:1]
         return Verdict(False, f"a probe machine did not boot: {last[0] if last else 'no reason'}")
 
+    @override
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> QemuMachine:
-        """See drivers.contract.Driver.start."""
         if not spec.memory.exists():
             make_empty(spec.memory, command.machine_memory_mib(spec.memory_mib))
         return await self._start(spec, held, self._binary, is_restored=False)
 
+    @override
     async def restore(self, spec: MachineSpec, saved: Saved, held: AsyncExitStack) -> QemuMachine:
-        """See drivers.contract.SavingDriver.restore."""
         size = command.machine_memory_mib(spec.memory_mib) * 2**20
         if not spec.memory.exists() or spec.memory.stat().st_size != size:
             raise ConflictError(f"cannot restore {spec.name}: its memory file is not whole")
@@ -457,8 +465,8 @@ class QemuDriver:
             state.unlink(missing_ok=True)
         return machine
 
+    @override
     async def make_whole(self, saved: Saved, memory_file: Path) -> None:
-        """See drivers.contract.SavingDriver.make_whole."""
         pages = saved.folder / _PAGES
         await in_thread(memory.merge, memory_file, pages, saved.memory)
         pages.unlink()
@@ -540,8 +548,8 @@ class QemuDriver:
         }
         return self._machine(process, monitor, handle, held)
 
+    @override
     async def recover(self, handle: Handle, held: AsyncExitStack) -> QemuMachine | None:
-        """See drivers.contract.Driver.recover."""
         process = DetachedProcess.find(
             int(handle["pid"]), started=int(handle["started"]), boot=str(handle["boot"])
         )

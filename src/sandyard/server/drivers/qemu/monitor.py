@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qemu.qmp import Message, QMPClient, QMPError
+from typing_extensions import override
 
 from sandyard.server.core.errors import UnavailableError
 
@@ -25,6 +26,7 @@ class _Client(QMPClient):
         super().__init__(name)
         self.ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
+    @override
     async def _event_dispatch(self, msg: Message) -> None:
         if msg.get("event") in _ENDING_EVENTS and not self.ending.done():
             self.ending.set_result(str(msg["event"]))

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import Self
 
+from typing_extensions import override
+
 _PROGRAM, _VERSION, _COMPOUND = 100003, 4, 1
 _MESSAGE_MAX = 1024 * 1024
 _READ, _WRITE = 1, 2
@@ -73,6 +75,7 @@ class NfsClient(AbstractContextManager["NfsClient"]):
         self._call_id = self._sequence = 0
         self._client = self._session = b""
 
+    @override
     def __enter__(self) -> Self:
         said = self._call(
             _op(_Op.EXCHANGE_ID, os.urandom(8), _opaque(self._owner), _words(0, 0, 0))
@@ -89,6 +92,7 @@ class NfsClient(AbstractContextManager["NfsClient"]):
         self._ask(_op(_Op.RECLAIM_COMPLETE, _words(0)))
         return self
 
+    @override
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 

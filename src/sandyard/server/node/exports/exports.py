@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
+from typing_extensions import override
+
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import MountWish
 from sandyard.server.core.contracts.volumes import Volumes
@@ -25,7 +27,7 @@ from sandyard.server.node.exports.library import (
 )
 from sandyard.server.node.exports.self_test import missing_by_test, remove_volume
 from sandyard.server.node.exports.server import Server, check_here, owner_in
-from sandyard.server.node.exports.shares import Part, Share
+from sandyard.server.node.exports.shares import Exports, Part, Share
 from sandyard.server.node.host.network import Network
 from sandyard.server.tasks import Crew, Task, in_thread, to_the_end
 
@@ -96,7 +98,7 @@ class _Served:
         self.watching: Task | None = None
 
 
-class NfsExports:
+class NfsExports(Exports):
     """See node.exports.shares.Exports: the real thing."""
 
     def __init__(
@@ -114,8 +116,8 @@ class NfsExports:
 
     # --- over a restart -------------------------------------------------------------------
 
+    @override
     async def open(self, shares: Iterable[tuple[Place, Share]], crew: Crew) -> None:
-        """See node.exports.shares.Exports.open."""
         self._crew = crew
         with suppress(SandyardError, OSError):
             await remove_volume(self._folder)
@@ -156,28 +158,28 @@ class NfsExports:
         for feature in await in_thread(missing_here, self._verdict):
             log.warning("in mounted workspaces, %s: use another build of NFS-Ganesha", feature)
 
+    @override
     async def close(self) -> None:
-        """See node.exports.shares.Exports.close."""
         for served in self._every():
             await self._unwatch(served)
             served.server.detach()
 
     # --- what machines may ----------------------------------------------------------------
 
+    @override
     def limited(self) -> tuple[str, ...]:
-        """See node.exports.shares.Exports.limited."""
         if not self._can_share:
             return ()
         return tuple(f"in mounted workspaces, {one}" for one in missing_here(self._verdict))
 
+    @override
     async def check(self) -> None:
-        """See node.exports.shares.Exports.check."""
         if not self._can_share:
             raise UnsupportedError(_FOLDERS)
         await in_thread(check_here)
 
+    @override
     async def grant(self, place: Place, share: Share) -> None:
-        """See node.exports.shares.Exports.grant."""
         if not self._can_share:  # the mount may have been writable before
             raise UnavailableError(_FOLDERS)
         await self.revoke(place)
@@ -197,8 +199,8 @@ class NfsExports:
                 await self._bind(served, one)
             await self._serve(served)
 
+    @override
     async def revoke(self, place: Place) -> None:
-        """See node.exports.shares.Exports.revoke."""
         if place.number in self._served:
             # If this were cancelled midway, nothing would release the rest later.
             await to_the_end(self._revoke(place))
@@ -213,8 +215,8 @@ class NfsExports:
                 for workspace_id in list(served.bound):
                     await self._release(served, workspace_id)
 
+    @override
     async def withdraw(self, workspace_id: str) -> None:
-        """See node.exports.shares.Exports.withdraw."""
         for served in self._every():
             if workspace_id not in served.wanted and workspace_id not in served.bound:
                 continue

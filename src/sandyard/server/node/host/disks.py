@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from typing_extensions import override
+
 from sandyard.server.core.errors import InternalError, NoCapacityError
 from sandyard.server.drivers.sparse import copy_sparse
 from sandyard.server.node.commands import run
@@ -35,11 +37,11 @@ class Disks(Protocol):
         ...
 
 
-class Ext4Disks:
+class Ext4Disks(Disks):
     """See Disks. The file is sparse: it takes what the guest writes, not what it was promised."""
 
+    @override
     async def make(self, path: Path, *, size_mib: int, uid: int) -> None:
-        """See Disks.make."""
         # To grow a disk takes a transaction of a size that the journal must hold: with 16 MiB no
         # disk of 10 GB grew by one. It is sparse, and takes what is written.
         journal = 64 if size_mib >= _LARGE_MIB else 32
@@ -61,8 +63,8 @@ class Ext4Disks:
         path.chmod(0o600)
         os.chown(path, uid, uid)
 
+    @override
     async def copy(self, source: Path, path: Path) -> None:
-        """See Disks.copy."""
         await in_thread(copy_sparse, source, path)
 
 

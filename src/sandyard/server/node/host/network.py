@@ -15,6 +15,8 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from typing_extensions import override
+
 from sandyard.server.core.egress import Credentials, Policy, Rules
 from sandyard.server.core.errors import (
     InternalError,
@@ -147,7 +149,7 @@ async def check_accounts(identity: Identity) -> None:
         )
 
 
-class Slots:
+class Slots(Network):
     """See Network: the real thing."""
 
     def __init__(
@@ -181,10 +183,10 @@ class Slots:
             extra_ca=extra_ca,
         )
 
+    @override
     async def open(
         self, *, in_use: Iterable[int], crew: Crew, on_change: Callable[[], None] = lambda: None
     ) -> None:
-        """See Network.open."""
         self._crew = crew
         self._used = set(in_use)
         await self._prepare_host()
@@ -196,8 +198,8 @@ class Slots:
         following = self._follow_neighbours()
         crew.start(following, "the firewall no longer follows the host's networks")
 
+    @override
     async def close(self) -> None:
-        """See Network.close."""
         for task in self._dns.values():
             task.cancel()
         await self._egress.close()
@@ -205,14 +207,15 @@ class Slots:
             while self._spare:
                 await self._remove(self._spare.pop())
 
+    @override
     async def take(self) -> Place:
-        """See Network.take."""
         async with self._lock:
             place = self._spare.pop() if self._spare else await self._make()
             self._used.add(place.number)
         self._refill_in_background()
         return place
 
+    @override
     async def restrict(
         self,
         place: Place,
@@ -221,7 +224,6 @@ class Slots:
         folder: Path,
         credentials: Credentials | None = None,
     ) -> None:
-        """See Network.restrict."""
         if policy.is_default:
             if self._egress.guards(place) or has_process(place, folder):
                 await _nft_in(place, NO_EGRESS_RULES)
@@ -234,12 +236,12 @@ class Slots:
         await self._stop_dns(place)
         await self._egress.apply(place, folder, policy, credentials)
 
+    @override
     def stamp(self, place: Place) -> str | None:
-        """See Network.stamp."""
         return self._egress.stamp(place)
 
+    @override
     def place(self, number: int) -> Place:
-        """See Network.place."""
         return Place(
             number=number,
             netns=f"{self._identity.prefix}-{number}",
@@ -249,8 +251,8 @@ class Slots:
             uid=self._identity.uid_first + number,
         )
 
+    @override
     async def give_back(self, place: Place) -> None:
-        """See Network.give_back."""
         await self._stop_dns(place)
         await self._egress.stop(place)
         await kill_all_of(place.uid, path_of(place.netns))
@@ -258,8 +260,8 @@ class Slots:
             await self._remove(place)
             self._used.discard(place.number)
 
+    @override
     async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
-        """See Network.dial."""
         connection = socket_in(place.netns)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

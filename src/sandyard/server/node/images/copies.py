@@ -10,7 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
-from sandyard.server.core.contracts.node import Opened
+from typing_extensions import override
+
+from sandyard.server.core.contracts.node import ByteStream, Opened
 from sandyard.server.core.copies import CopiedFile, Copy, ReadCopy, Wanted, WriteCopy
 from sandyard.server.core.errors import (
     ConflictError,
@@ -204,14 +206,14 @@ class _Incoming:
             yield piece
 
 
-class _Reading:
+class _Reading(ByteStream):
     """See core.contracts.node.ByteStream: files, one after the other."""
 
     def __init__(self, files: Sequence[IO[bytes]]) -> None:
         self._files = list(files)
 
+    @override
     async def read(self, limit: int) -> bytes:
-        """See core.contracts.node.ByteStream.read."""
         try:
             while self._files:
                 if data := await in_thread(self._files[0].read, limit):
@@ -221,33 +223,36 @@ class _Reading:
             raise UnavailableError(f"cannot read what is copied: {error}") from error
         return b""
 
+    @override
     async def write(self, data: bytes) -> None:
-        """See core.contracts.node.ByteStream.write: nothing is taken."""
+        """Discard it: this stream is only read."""
 
+    @override
     async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof."""
+        """Do nothing."""
 
 
-class _Writing:
+class _Writing(ByteStream):
     """See core.contracts.node.ByteStream: what is being kept."""
 
     def __init__(self, incoming: _Incoming, keeping: "asyncio.Task[None]") -> None:
         self._queue = incoming.queue
         self._keeping = keeping
 
+    @override
     async def read(self, limit: int) -> bytes:
-        """See core.contracts.node.ByteStream.read: it ends once everything is kept."""
+        """Return the end of the stream once everything is kept."""
         await asyncio.wait([self._keeping])
         self._keeping.result()
         return b""
 
+    @override
     async def write(self, data: bytes) -> None:
-        """See core.contracts.node.ByteStream.write."""
         if data:
             await self._put(data)
 
+    @override
     async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof."""
         await self._put(b"")
 
     async def _put(self, piece: bytes) -> None:
