@@ -1,6 +1,7 @@
 """Paths within addresses."""
 
 from starlette.convertors import Convertor, register_url_convertor
+from typing_extensions import override
 
 WHOLE = "whole"
 
@@ -10,10 +11,12 @@ class _Whole(Convertor[str]):
 
     regex = r"(?s:.*)"
 
+    @override
     def convert(self, value: str) -> str:
         """Return it as it is."""
         return value
 
+    @override
     def to_string(self, value: str) -> str:
         """Return it as it is."""
         return value

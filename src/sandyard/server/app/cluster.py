@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
 
+from typing_extensions import override
+
 from sandyard.server.app.backups import back_up_regularly
 from sandyard.server.app.clocks import agree_at_first, agreeing, database_of
 from sandyard.server.app.control import Control, open_control
@@ -28,7 +30,7 @@ from sandyard.server.links.local import AgreedClock, LocalBus, SystemClock
 from sandyard.server.links.nats.bus import NatsBus, hinting
 from sandyard.server.links.nats.client import Inbox, RemoteNode
 from sandyard.server.links.nats.config import ServerFiles, config_of
-from sandyard.server.links.nats.link import TLS_NAME, Link, linked
+from sandyard.server.links.nats.link import TLS_NAME, Link, NatsLogin, linked
 from sandyard.server.links.nats.register import registering
 from sandyard.server.links.nats.tokens import Key, Role, signature_of
 from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
@@ -113,7 +115,7 @@ def door_of(settings: Settings) -> str:
     return f"{host}:{settings.cluster.port}"
 
 
-class ControlLogin:
+class ControlLogin(NatsLogin):
     """See links.nats.link.NatsLogin: a control plane makes its own tokens."""
 
     def __init__(self, installation: Installation, server_id: str, clock: Clock) -> None:
@@ -122,12 +124,12 @@ class ControlLogin:
         self._clock = clock
         self._key = Key.new(Role.USER)
 
+    @override
     def token(self) -> str:
-        """See links.nats.link.NatsLogin.token."""
         return self._installation.control_token(self._key.name, self._server_id, self._clock.now())
 
+    @override
     def sign(self, nonce: bytes) -> bytes:
-        """See links.nats.link.NatsLogin.sign."""
         return signature_of(self._key, nonce)
 
 
@@ -139,14 +141,17 @@ class RemoteNodes(Mapping[str, RemoteNode]):
         self._link = link
         self._inbox = inbox
 
+    @override
     def __getitem__(self, node_id: str) -> RemoteNode:
         if node_id not in self._roster.nodes:
             raise KeyError(node_id)
         return RemoteNode(self._link, self._inbox, node_id)
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._roster.nodes))
 
+    @override
     def __len__(self) -> int:
         return len(self._roster.nodes)
 

@@ -13,6 +13,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import override
+
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 _KINDS_MAX = 10_000
@@ -22,6 +24,7 @@ _PLAIN = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         line: dict[str, object] = {
@@ -41,6 +44,7 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     """A line for people, with variable parts at its end."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         extra = {key: value for key, value in vars(record).items() if key not in _PLAIN}
@@ -69,6 +73,7 @@ class Folded(logging.Filter):
         self._ends = 0.0
         self._seen: Counter[tuple[str, int, str]] = Counter()
 
+    @override
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether a line is written. See logging.Filter."""
         with self._lock:
@@ -93,6 +98,7 @@ class Folded(logging.Filter):
 class _PrivateFile(RotatingFileHandler):
     """A log file readable by its owner and group only: it names sandboxes and people."""
 
+    @override
     def _open(self) -> Any:
         descriptor = os.open(
             self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640

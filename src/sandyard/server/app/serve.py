@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from typing_extensions import override
 
 from sandyard.server.app.backups import back_up_regularly
 from sandyard.server.app.control import Control
@@ -120,8 +121,9 @@ class HttpServer(uvicorn.Server):
         self._gate = gate
         self._drained_at: float | None = None
 
+    @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """See uvicorn. A second signal ends it at once."""
+        """Stop serving; on the second signal, exit immediately."""
         if self.drain_s == 0 or self._drained_at is not None:
             super().handle_exit(sig, frame)
             return
@@ -134,8 +136,8 @@ class HttpServer(uvicorn.Server):
         """Close each connection after its next answer."""
         self._gate.is_draining = True
 
+    @override
     async def on_tick(self, counter: int) -> bool:
-        """See uvicorn."""
         if self._drained_at is not None and time.monotonic() >= self._drained_at:
             self.should_exit = True
         return await super().on_tick(counter)

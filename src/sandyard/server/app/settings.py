@@ -29,6 +29,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+from typing_extensions import override
 
 from sandyard.server.node.images.definitions import ARGUMENTS_ARE, is_command_line
 
@@ -852,6 +853,7 @@ class Settings(BaseSettings):
         return self
 
     @classmethod
+    @override
     def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],
@@ -860,7 +862,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """See pydantic-settings: the order in which sources are asked."""
+        """Return the sources of settings, in order of precedence."""
         home = Path(os.environ.get("SANDYARD_HOME", DEFAULT_HOME))
         file = TomlConfigSettingsSource(settings_cls, home / "config.toml")
         return init_settings, env_settings, file

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import httptools
+from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -28,6 +29,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.ids import new_request_id
 from sandyard.server.core.sources import BySource, source_of
@@ -232,8 +234,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     # --- the connection -------------------------------------------------------------------------
 
+    @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """See asyncio.Protocol."""
         super().connection_made(transport)
         self._since = self.loop.time()
         self._look = self.loop.call_later(self.gate.patience.look_s, self._look_again)
@@ -241,15 +243,15 @@ class GuardedProtocol(HttpToolsProtocol):
         if refusal is not None:
             self._refuse(503, "unavailable", refusal)
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
         self.gate.leave(self)
         if self._look is not None:
             self._look.cancel()
         super().connection_lost(exc)
 
+    @override
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
         self._came += len(data)
         for start in range(0, len(data), _SLICE):
             if self._is_refused or self._is_upgraded or self.transport.is_closing():
@@ -283,8 +285,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = self._headers = self._headers_bytes = 0
         self._idle_s = 0.0
 
+    @override
     def handle_websocket_upgrade(self) -> None:
-        """See uvicorn: from here on, another protocol has the connection."""
+        """Hand the connection to the protocol that speaks WebSocket."""
         if self._too_much is not None:
             return  # it is refused as any request that is too large
         if self._is_answering or self.pipeline:
@@ -325,16 +328,16 @@ class GuardedProtocol(HttpToolsProtocol):
 
     # --- what the parser tells ------------------------------------------------------------------
 
+    @override
     def on_message_begin(self) -> None:
-        """See httptools."""
         if self._stage != "head":
             self._begin_head()
         if len(self.pipeline) >= _PIPELINE_MAX:
             self._too_much = _LARGE_HEAD
         super().on_message_begin()
 
+    @override
     def on_header(self, name: bytes, value: bytes) -> None:
-        """See httptools."""
         self._headers += 1
         self._headers_bytes += len(name) + len(value) + 4
         if self._headers > HEADERS_MAX or self._headers_bytes + len(self.url) > HEAD_MAX:
@@ -344,8 +347,8 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             super().on_header(name, value)
 
+    @override
     def on_headers_complete(self) -> None:
-        """See httptools."""
         if len(self.url) > LINE_MAX:
             self._too_much = _LONG_LINE
         # RFC 9112, 3.2.
@@ -369,8 +372,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def _hosts(self) -> int:
         return sum(name == b"host" for name, _ in self.headers)
 
+    @override
     def on_body(self, body: bytes) -> None:
-        """See httptools."""
         self._body_bytes += len(body)
         if self._too_much is None:
             super().on_body(body)
@@ -378,8 +381,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._body_bytes > _LEFTOVER_MAX and not self._is_answering:
             self.transport.abort()
 
+    @override
     def on_message_complete(self) -> None:
-        """See httptools."""
         self._stage = "idle"
         if self._too_much is None:
             super().on_message_complete()
@@ -391,8 +394,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Whether the last answer on this connection is complete."""
         return self._last is not None and self._last.response_complete
 
+    @override
     def on_response_complete(self) -> None:
-        """See uvicorn."""
         if self._last is not None and self._last.response_complete:
             self.pipeline.clear()  # what came behind its last request is not answered
             self.cycle = self._last
@@ -449,8 +452,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     # --- who is slow ----------------------------------------------------------------------------
 
+    @override
     def resume_writing(self) -> None:
-        """See asyncio.Protocol."""
         self._has_resumed = True
         super().resume_writing()
 
@@ -503,8 +506,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     # --- refusals -------------------------------------------------------------------------------
 
+    @override
     def send_400_response(self, msg: str) -> None:
-        """See uvicorn."""
         del msg
         self._refuse(400, "bad_request", "cannot read the request: it is not HTTP/1.1")
 
@@ -580,8 +583,8 @@ class GuardedSocket(WebSocketsSansIOProtocol):
         self._has_resumed = False
         self._look: TimerHandle | None = None
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See asyncio.Protocol."""
         super().connection_made(transport)
         # There is room: it comes in the place of the request that asked for it.
         address = self.client[0] if self.client else "unknown"
@@ -592,15 +595,15 @@ class GuardedSocket(WebSocketsSansIOProtocol):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._look = self.loop.call_later(self.gate.patience.look_s, self._look_again)
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
         self.gate.leave(self)
         if self._look is not None:
             self._look.cancel()
         super().connection_lost(exc)
 
+    @override
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
         for start in range(0, len(data), _SLICE):
             if self.transport.is_closing():
                 return
@@ -609,8 +612,9 @@ class GuardedSocket(WebSocketsSansIOProtocol):
             # The whole head was given at once: the library has refused it, and uvicorn not noticed.
             self.transport.abort()
 
+    @override
     def handle_ping(self) -> None:
-        """See uvicorn: who sends pings and does not read their answers is not kept."""
+        """Close the connection of a peer that sends pings and does not read the answers."""
         if not self.transport.get_write_buffer_size():
             self._pongs = 0
         self._pongs += 1
@@ -619,14 +623,14 @@ class GuardedSocket(WebSocketsSansIOProtocol):
         else:
             super().handle_ping()
 
+    @override
     async def send(self, message: Any) -> None:
-        """See uvicorn."""
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
             self.handshake_complete = True  # it was refused, which uvicorn would call an error
 
+    @override
     def resume_writing(self) -> None:
-        """See asyncio.Protocol."""
         self._has_resumed = True
         self._pongs = 0
         super().resume_writing()
@@ -642,7 +646,7 @@ class GuardedSocket(WebSocketsSansIOProtocol):
             self.transport.abort()
 
 
-class Tunnel(asyncio.Protocol):
+class Tunnel(asyncio.Protocol, ByteStream):
     """A connection that switches protocol: the application gets its bytes as a `stream`, in a scope
     of type TUNNEL.
 
@@ -694,13 +698,13 @@ class Tunnel(asyncio.Protocol):
             self.transport.close()
 
     def shutdown(self) -> None:
-        """See uvicorn: the server ends."""
+        """Close the connection; uvicorn calls this when the server ends."""
         self.transport.close()
 
     # --- asyncio.Protocol -------------------------------------------------------------------
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
         del exc
         self._gate.leave(self)
         self._state.connections.discard(self)
@@ -712,24 +716,24 @@ class Tunnel(asyncio.Protocol):
         if self._task is not None:
             self._task.cancel()
 
+    @override
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
         self._waiting += len(data)
         self._came.put_nowait(data)
         if self._waiting > _TUNNEL_MAX:
             self.transport.pause_reading()
 
+    @override
     def eof_received(self) -> bool:
-        """See asyncio.Protocol."""
         self._came.put_nowait(b"")
         return True
 
+    @override
     def pause_writing(self) -> None:
-        """See asyncio.Protocol."""
         self._can_write.clear()
 
+    @override
     def resume_writing(self) -> None:
-        """See asyncio.Protocol."""
         self._has_resumed = True
         self._can_write.set()
 
@@ -745,8 +749,9 @@ class Tunnel(asyncio.Protocol):
 
     # --- core.contracts.node.ByteStream -----------------------------------------------------
 
+    @override
     async def read(self, limit: int) -> bytes:
-        """See core.contracts.node.ByteStream.read; a piece is as large as it came."""
+        """Return a piece as it arrived, whatever its size."""
         del limit
         if self._has_ended:
             return b""
@@ -757,15 +762,15 @@ class Tunnel(asyncio.Protocol):
             self.transport.resume_reading()
         return data
 
+    @override
     async def write(self, data: bytes) -> None:
-        """See core.contracts.node.ByteStream.write."""
         if self._is_lost or self.transport.is_closing():
             raise UnavailableError("the client has left")
         self.transport.write(data)
         await self._can_write.wait()
 
+    @override
     async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof."""
         if not self.transport.can_write_eof():
             self.transport.close()  # TLS has no half of it
             return

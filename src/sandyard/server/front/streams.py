@@ -8,6 +8,7 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+from typing_extensions import override
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import ConflictError
@@ -40,6 +41,7 @@ class HeldStream(StreamingResponse):
             pieces, media_type=media_type, headers=dict(headers), status_code=status_code
         )
 
+    @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer."""
         async with self._held:

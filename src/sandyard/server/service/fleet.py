@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
+from typing_extensions import override
+
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.cluster import (
     Beat,
@@ -16,6 +18,7 @@ from sandyard.server.core.contracts.cluster import (
     Identity,
     Joining,
     Registrar,
+    Registry,
     Welcome,
 )
 from sandyard.server.core.contracts.store import Store, Turn
@@ -45,7 +48,7 @@ _NAME_MAX = 64
 _GONE = frozenset({Status.DESTROYED, Status.DESTROYING, Status.ORPHANED, Status.FAILED})
 
 
-class Fleet:
+class Fleet(Registry):
     """See core.contracts.cluster.Registry, and what an operator does with nodes. `door` is where
     nodes reach this control plane; `hear` is given every beat that counts. While it `hears_late`
     nothing is noted of a node, which says it again."""
@@ -173,8 +176,8 @@ class Fleet:
 
     # --- Registry -------------------------------------------------------------------------
 
+    @override
     async def join(self, joining: Joining) -> Identity:
-        """See core.contracts.cluster.Registry.join."""
         name = checked_text(joining.name, field="name")[:_NAME_MAX] or "node"
         node_id = new_uuid()
         async with self._store.write(Turn.ALONE) as tx:
@@ -193,8 +196,8 @@ class Fleet:
         log.warning("the host %s has joined as the node %s", name, node_id)
         return identity
 
+    @override
     async def hello(self, node_id: str, hello: Hello) -> Welcome:
-        """See core.contracts.cluster.Registry.hello."""
         self._must_be_in_time()
         _check_start(hello.start)
         identity = self._registrar.identity_of(node_id, hello.application)
@@ -211,8 +214,8 @@ class Fleet:
         )
         return Welcome(epoch, LEASE_S, identity, self._door)
 
+    @override
     async def beat(self, node_id: str, beat: Beat) -> Grant:
-        """See core.contracts.cluster.Registry.beat."""
         self._must_be_in_time()
         if not 0 <= beat.epoch < _EPOCHS:  # it is written together with what others say
             raise InvalidArgumentError("cannot record the heartbeat: there is no such epoch")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from typing_extensions import override
+
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
     NodeControl,
@@ -30,7 +32,7 @@ def believed_bytes(told: int, shape: Shape) -> int:
     return min(max(told, 0), most)
 
 
-class PatientNode:
+class PatientNode(NodeControl):
     """A node whose operations have limits. See core.contracts.node.NodeControl.
 
     An operation with a limit has to be answered within it. Others, such as a start or a save, are
@@ -42,12 +44,12 @@ class PatientNode:
         self._clock = clock
 
     @property
+    @override
     def node_id(self) -> str:
-        """See NodeControl.node_id."""
         return self._node.node_id
 
+    @override
     async def do(self, operation: NodeOperation[AnswerT]) -> AnswerT:
-        """See NodeControl.do."""
         asked = self._node.do(operation)
         if operation.limit_s is None:
             return await attended(asked, self._reports, every_s=_CHECK_S, clock=self._clock)

@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Send
 from starlette.types import Scope as Connection
+from typing_extensions import override
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.models.base import Data, Meta
@@ -26,6 +27,7 @@ _BODY_MAX = 24 * 1024 * 1024  # 16 MiB of stdin in base64, and a command
 
 
 class _LargeRequest(Request):
+    @override
     async def json(self) -> Any:
         """Return the body's value; a large one is made into it in a thread."""
         body = await self.body()
@@ -33,8 +35,8 @@ class _LargeRequest(Request):
 
 
 class _LargeRoute(APIRoute):
+    @override
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """See fastapi.routing.APIRoute."""
         handle = super().get_route_handler()
 
         async def handle_large(request: Request) -> Response:
@@ -55,6 +57,7 @@ class _LargeAnswer(StreamingResponse):
 
         super().__init__(pieces(), media_type="application/json")
 
+    @override
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Send the answer."""
         try:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
 import asyncssh
+from typing_extensions import override
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
@@ -152,37 +153,38 @@ class Listener(asyncssh.SSHListener):
             self.opened.set_result(None)
             await answer_all(callers, answer)
 
+    @override
     def get_port(self) -> int:
-        """See asyncssh."""
         return self._port
 
+    @override
     def close(self) -> None:
-        """See asyncssh."""
         self._is_closed.set()
 
+    @override
     async def wait_closed(self) -> None:
-        """See asyncssh."""
+        pass
 
 
-class ChannelStream:
+class ChannelStream(ByteStream):
     """A channel as a stream. See core.contracts.node.ByteStream."""
 
     def __init__(self, reader: Any, writer: Any) -> None:
         self._reader = reader
         self._writer = writer
 
+    @override
     async def read(self, limit: int) -> bytes:
-        """See core.contracts.node.ByteStream.read."""
         data: bytes = await self._reader.read(limit)
         return data
 
+    @override
     async def write(self, data: bytes) -> None:
-        """See core.contracts.node.ByteStream.write."""
         self._writer.write(data)
         await self._writer.drain()
 
+    @override
     async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof."""
         with suppress(OSError):
             self._writer.write_eof()
 

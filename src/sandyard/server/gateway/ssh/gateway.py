@@ -17,6 +17,7 @@ import asyncssh
 from asyncssh.constants import MSG_KEXINIT
 from asyncssh.kex import get_kex_algs
 from asyncssh.stream import SSHTCPStreamSession, SSHUNIXStreamSession
+from typing_extensions import override
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnavailableError
@@ -234,8 +235,8 @@ class _Client(asyncssh.SSHServer):
 
     # --- the connection ---------------------------------------------------------------------
 
+    @override
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
-        """See asyncssh."""
         self._connection = conn
         peer = conn.get_extra_info("peername") or ("unknown", 0)
         self.address, self.peer = str(peer[0]), (str(peer[0]), int(peer[1]))
@@ -263,8 +264,8 @@ class _Client(asyncssh.SSHServer):
 
         return limited
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncssh."""
         self.gateway.leave(self)
         self._is_over.set()
 
@@ -275,29 +276,32 @@ class _Client(asyncssh.SSHServer):
 
     # --- who is it --------------------------------------------------------------------------
 
+    @override
     def begin_auth(self, username: str) -> bool:
-        """See asyncssh: every login needs a credential."""
+        """Tell asyncssh that every login needs a credential."""
         del username
         return True
 
+    @override
     def password_auth_supported(self) -> bool:
-        """See asyncssh: the same for all names, whatever is behind them."""
+        """Offer the same for every name, so that the answer does not tell which sandboxes exist."""
         return True
 
+    @override
     def public_key_auth_supported(self) -> bool:
-        """See asyncssh."""
         return True
 
+    @override
     async def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-        """See asyncssh, which looks at the signature itself."""
+        """Tell whether a key may log in; asyncssh verifies the signature itself."""
         if not self._may_try():
             return False
         text = key.export_public_key("openssh").decode().strip()
         self._offered = await self._asked(self.gateway.logins.by_key(username, text))
         return self._offered is not None
 
+    @override
     async def validate_password(self, username: str, password: str) -> bool:
-        """See asyncssh."""
         if not self._may_try():
             return False
         found = self.gateway.logins.by_password(username, password, self.address)
@@ -309,8 +313,9 @@ class _Client(asyncssh.SSHServer):
                     self.connection.send_auth_banner(f"sandyard: {hint}\r\n")
         return self._offered is not None
 
+    @override
     def change_password(self, username: str, old_password: str, new_password: str) -> bool:
-        """See asyncssh: not here."""
+        """Refuse: a password cannot be changed over SSH."""
         del username, old_password, new_password
         return False
 
@@ -334,8 +339,9 @@ class _Client(asyncssh.SSHServer):
             return False
         return True
 
+    @override
     def auth_completed(self) -> None:
-        """See asyncssh: what was offered last is what was shown to be one's own."""
+        """Note who logged in: of all that was offered, the last is what was proved."""
         self._login, self._offered = self._offered, None
         if self._login is not None:
             self.gateway.throttle.give_back(self._source)
@@ -391,8 +397,8 @@ class _Client(asyncssh.SSHServer):
 
     # --- what it wants ----------------------------------------------------------------------
 
+    @override
     def session_requested(self) -> Any:
-        """See asyncssh."""
         if self._unstarted >= _UNSTARTED_MAX:
             raise asyncssh.ChannelOpenError(
                 asyncssh.OPEN_RESOURCE_SHORTAGE, "too many sessions that were not started"
@@ -414,16 +420,18 @@ class _Client(asyncssh.SSHServer):
         )
         return channel, SshSession(self)
 
+    @override
     def connection_requested(
         self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
     ) -> Any:
-        """See asyncssh: `-L` and `-D`, a connection that the sandbox makes."""
+        """Open a connection from within the sandbox, for `-L` and `-D`."""
         del orig_host, orig_port
         self.take_place()
         return self._forward(Dial(dest_port, host=dest_host), SSHTCPStreamSession)
 
+    @override
     def unix_connection_requested(self, dest_path: str) -> Any:
-        """See asyncssh: a connection to a socket in the sandbox."""
+        """Open a connection to a Unix socket in the sandbox."""
         self.take_place()
         return self._forward(Dial(path=dest_path), SSHUNIXStreamSession)
 
@@ -439,12 +447,14 @@ class _Client(asyncssh.SSHServer):
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from error
         return kind(forward.take_channel)
 
+    @override
     def server_requested(self, listen_host: str, listen_port: int) -> Any:
-        """See asyncssh: `-R`, the sandbox listens."""
+        """Listen in the sandbox, for `-R`."""
         return self._listen(Listen(host=listen_host or "localhost", port=listen_port))
 
+    @override
     def unix_server_requested(self, listen_path: str) -> Any:
-        """See asyncssh: `-R` with a path, the sandbox listens on a socket."""
+        """Listen on a Unix socket in the sandbox, for `-R` with a path."""
         return self._listen(Listen(path=listen_path))
 
     async def _listen(self, wish: Listen) -> Any:

@@ -11,6 +11,7 @@ import asyncssh
 from asyncssh.channel import SSHServerChannel
 from asyncssh.packet import SSHPacket
 from asyncssh.stream import SSHUNIXStreamSession
+from typing_extensions import override
 
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnsupportedError
@@ -85,6 +86,7 @@ class SessionChannel(SSHServerChannel[bytes]):
     forwards_agent = False
     _told_bytes = 0
 
+    @override
     def _process_env_request(self, packet: SSHPacket) -> bool:
         self._told_bytes += len(packet.get_remaining_payload())
         is_much = len(self.get_environment_bytes()) >= _ENV_MAX
@@ -92,11 +94,13 @@ class SessionChannel(SSHServerChannel[bytes]):
             return False
         return super()._process_env_request(packet)
 
+    @override
     def _process_exec_request(self, packet: SSHPacket) -> bool:
         command = packet.get_string()
         packet.check_end()
         return self._start_session(command=command.decode("utf-8", "surrogateescape"))
 
+    @override
     def _process_auth_agent_req_at_openssh_dot_com_request(self, packet: SSHPacket) -> None:
         packet.check_end()
         self.forwards_agent = True
@@ -122,8 +126,8 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
 
     # --- what asyncssh tells ----------------------------------------------------------------
 
+    @override
     def connection_made(self, chan: Any) -> None:
-        """See asyncssh."""
         self._channel = chan
         asyncio.get_running_loop().call_later(_UNSTARTED_S, self._close_unless_started)
 
@@ -131,8 +135,8 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
         if not self._has_started and self._channel is not None:
             self._channel.close()
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncssh."""
         self._note_start()
         self._client.give_place()
         self._is_over.set()
@@ -143,68 +147,69 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
             self._has_started = True
             self._client.note_start()
 
+    @override
     def pty_requested(
         self, term_type: str, term_size: tuple[int, int, int, int], term_modes: Mapping[int, int]
     ) -> bool:
-        """See asyncssh."""
         del term_modes
         self._terminal = term_type or "dumb"
         self._size = _size_of(*term_size[:2])
         return True
 
+    @override
     def terminal_size_changed(self, width: int, height: int, pixwidth: int, pixheight: int) -> None:
-        """See asyncssh."""
         del pixwidth, pixheight
         self._wish(_size_of(width, height))
 
+    @override
     def shell_requested(self) -> bool:
-        """See asyncssh."""
         return True
 
+    @override
     def exec_requested(self, command: str) -> bool:
-        """See asyncssh."""
         self._what = {"line": command.encode("utf-8", "surrogateescape")}
         return "\0" not in command and bool(command)
 
+    @override
     def subsystem_requested(self, subsystem: str) -> bool:
-        """See asyncssh."""
         self._what = {"command": _SFTP}
         return subsystem == "sftp"
 
+    @override
     def session_started(self) -> None:
-        """See asyncssh."""
         self._note_start()
         self._client.crew.start(self._serve(), "an SSH session failed", quietly=True)
 
+    @override
     def data_received(self, data: bytes, datatype: Any) -> None:
-        """See asyncssh."""
         del datatype
         self._waiting += len(data)
         self._input.put_nowait(data)
         if self._waiting > _INPUT_MAX and self._channel is not None:
             self._channel.pause_reading()
 
+    @override
     def eof_received(self) -> bool:
-        """See asyncssh: what the process says still goes the other way."""
+        """Close the input of the process; its output still arrives."""
         self._input.put_nowait(None)
         return True
 
+    @override
     def signal_received(self, signal: str) -> None:
-        """See asyncssh."""
         self._wish(signal)
 
+    @override
     def break_received(self, msec: int) -> bool:
-        """See asyncssh."""
         del msec
         self._wish("INT")
         return True
 
+    @override
     def pause_writing(self) -> None:
-        """See asyncssh."""
         self._can_write.clear()
 
+    @override
     def resume_writing(self) -> None:
-        """See asyncssh."""
         self._can_write.set()
 
     def _wish(self, what: Size | str) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Generic, cast
 
+from typing_extensions import override
+
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import ConflictError, SandyardError
@@ -58,7 +60,7 @@ class Reached(Generic[AnswerT]):
     stream: "GuestStream"
 
 
-class GuestStream:
+class GuestStream(ByteStream):
     """A stream from a sandbox whose frames are limited to the pace of the sandbox and its
     organization. It knows whether any data has passed. See core.contracts.node.ByteStream."""
 
@@ -73,19 +75,19 @@ class GuestStream:
         await asyncio.sleep(0)
         await self._pace.spend(self._sandbox.id, self._sandbox.org_id, frames)
 
+    @override
     async def read(self, limit: int) -> bytes:
-        """See core.contracts.node.ByteStream.read."""
         data = await self._stream.read(limit)
         self.has_moved = self.has_moved or bool(data)
         return data
 
+    @override
     async def write(self, data: bytes) -> None:
-        """See core.contracts.node.ByteStream.write."""
         self.has_moved = True
         await self._stream.write(data)
 
+    @override
     async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof."""
         await self._stream.write_eof()
 
 
