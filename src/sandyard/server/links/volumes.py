@@ -149,7 +149,10 @@ class ImageVolumes(Volumes):
                     "cannot write to the workspace now: the host's disk was full, and its files "
                     "are being read; try again"
                 )
+            self._stuck.add(workspace_id)
             _run("umount", str(place))
+        if workspace_id in self._stuck:
+            # Mounted again while another mount namespace has it, it would be as it was.
             _await_released(image)
             self._stuck.discard(workspace_id)
         self._folder.mkdir(mode=0o700, exist_ok=True)
