@@ -1,5 +1,6 @@
 """What is promised of the volumes that workspaces lie in, by each that there is."""
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.ids import new_uuid
+from sandyard.server.links import volumes as volumes_of_images
 from sandyard.server.links.volumes import FolderVolumes, ImageVolumes
 
 QUOTA = 32 * 2**20
@@ -141,7 +143,7 @@ async def test_what_nobody_uses_is_unmounted(images: ImageVolumes) -> None:
 
 @pytest.mark.root
 async def test_a_full_disk_of_the_host_costs_what_was_not_synced_and_no_more(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = tmp_path / "small"
     small.mkdir()
@@ -177,6 +179,21 @@ async def test_a_full_disk_of_the_host_costs_what_was_not_synced_and_no_more(
             subprocess.run(["mount", "-o", "remount,size=200m", small], check=True)
             assert await images.stuck([new_uuid(), one]) == [one]
             assert (place / "kept").read_bytes() == b"kept" * 2**18
+            other = subprocess.Popen(["unshare", "--mount", "sleep", "300"])
+            async with asyncio.timeout(30):
+                while os.readlink(f"/proc/{other.pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
+                    await asyncio.sleep(0.01)
+        # As long as another mount namespace has it, it cannot be checked, and stays refused.
+        monkeypatch.setattr(volumes_of_images, "_RELEASE_S", 0.2)
+        try:
+            for _ in range(2):
+                with pytest.raises(UnavailableError, match="still in use"):
+                    async with images.open(one, 256 * 2**20):
+                        pass
+        finally:
+            other.kill()
+            other.wait()
+        monkeypatch.undo()
         (small / "volumes" / "room").touch()
         async with images.open(one, 256 * 2**20) as place:
             assert await images.stuck([one]) == []
