@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,10 @@ class Host:
     def said(self) -> str:
         """Return what its program wrote."""
         return (self.home.parent / f"{self.name}.log").read_text(errors="replace")
+
+
+class NoPlaceError(AssertionError):
+    """No node took a sandbox at this moment."""
 
 
 class Lab:
@@ -422,6 +426,8 @@ backend gateways
     def ask(self, method: str, path: str, **body: object) -> Any:
         """Ask through the balancer for something that succeeds, and return what is answered."""
         found = self.client.request(method, path, json=body or None)
+        if found.status_code == 503 and "no node that answers can start one" in found.text:
+            raise NoPlaceError(found.text)
         assert found.status_code < 300, found.text
         return found.json()["data"]
 
@@ -446,8 +452,17 @@ backend gateways
         """Create a sandbox on one node: the others are drained meanwhile."""
         self.drain({one for one in self.known() if one != name})
         time.sleep(0.7)  # until every control plane has read it
+        made: list[dict[str, Any]] = []
+
+        def is_placed() -> bool:
+            # A node that has just started again may miss a lease on a busy host.
+            with suppress(NoPlaceError):
+                made.append(self.create(**body))
+            return bool(made)
+
         try:
-            return self.create(**body)
+            wait_until(is_placed, limit_s=15, what=f"{name} takes a sandbox")
+            return made[0]
         finally:
             self.keep_real_apart()
 
