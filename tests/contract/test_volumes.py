@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ async def test_a_full_disk_of_the_host_costs_what_was_not_synced_and_no_more(
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", small], check=True)
-    images, one = ImageVolumes(small / "volumes"), new_uuid()
+    images, one, held = ImageVolumes(small / "volumes"), new_uuid(), ExitStack()
     try:
         async with images.open(one, 256 * 2**20) as place:
             (place / "kept").write_bytes(b"kept" * 2**18)
@@ -180,19 +181,18 @@ async def test_a_full_disk_of_the_host_costs_what_was_not_synced_and_no_more(
             assert await images.stuck([new_uuid(), one]) == [one]
             assert (place / "kept").read_bytes() == b"kept" * 2**18
             other = subprocess.Popen(["unshare", "--mount", "sleep", "300"])
+            held.callback(other.wait)
+            held.callback(other.kill)
             async with asyncio.timeout(30):
                 while os.readlink(f"/proc/{other.pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
                     await asyncio.sleep(0.01)
         # As long as another mount namespace has it, it cannot be checked, and stays refused.
         monkeypatch.setattr(volumes_of_images, "_RELEASE_S", 0.2)
-        try:
-            for _ in range(2):
-                with pytest.raises(UnavailableError, match="still in use"):
-                    async with images.open(one, 256 * 2**20):
-                        pass
-        finally:
-            other.kill()
-            other.wait()
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="still in use"):
+                async with images.open(one, 256 * 2**20):
+                    pass
+        held.close()
         monkeypatch.undo()
         (small / "volumes" / "room").touch()
         async with images.open(one, 256 * 2**20) as place:
@@ -204,6 +204,7 @@ async def test_a_full_disk_of_the_host_costs_what_was_not_synced_and_no_more(
             os.sync()
             assert (place / "new").read_bytes() == b"new"
     finally:
+        held.close()
         await images.close()
         subprocess.run(["umount", small], check=True)
 

@@ -103,6 +103,7 @@ class ImageVolumes(Volumes):
             await in_thread(self._unmount, workspace_id)
             # A request that found it before it was removed must not create it again.
             self._gone.add(workspace_id)
+            self._stuck.discard(workspace_id)
             await in_thread(_remove_tree, self._place(workspace_id))
             for one in (self._image(workspace_id), self._base_file(workspace_id)):
                 await in_thread(one.unlink, missing_ok=True)
@@ -152,7 +153,8 @@ class ImageVolumes(Volumes):
             self._stuck.add(workspace_id)
             _run("umount", str(place))
         if workspace_id in self._stuck:
-            # Mounted again while another mount namespace has it, it would be as it was.
+            # While another mount namespace holds it, mounting it again would only return the same
+            # read-only file system, unchecked.
             _await_released(image)
             self._stuck.discard(workspace_id)
         self._folder.mkdir(mode=0o700, exist_ok=True)
