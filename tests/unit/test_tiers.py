@@ -82,7 +82,7 @@ def test_several_processes_share_modules_and_begin_with_what_was_left_out(tmp_pa
     for module in modules:
         (tmp_path / f"test_{module}.py").write_text(one.format(module))
     shared = ("-p", "no:randomly", "-n", "2")
-    ran, output = run(tmp_path, *shared, "--within", "0", "-k", "two and c")
+    ran, output = run(tmp_path, *shared, "--within", "0", "-k", "two and test_c")
     assert ran == []
     assert re.search(r"1 tests NOT RUN: .*\n.*test_two.py::test_c \(never passed here\)", output)
     ran, output = run(tmp_path, *shared)
