@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pydoc
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +24,8 @@ from hypothesis import strategies as st
 import sandyard
 import sandyard.client as sdk
 from sandyard.client import archives, calls, contexts
+from sandyard.client._async.network import AsyncFormerNames
+from sandyard.client._sync.transport import Transport
 from sandyard.client.calls import Call, Heard, Retries, refusal_of, result_of
 from sandyard.client.config import (
     ClientConfig,
@@ -36,6 +40,7 @@ from sandyard.client.models import Exited, FileChange, Lost, Printed
 from sandyard.client.options import ChangeOptions, CreateOptions, ListOptions, ProcessOptions
 from sandyard.client.streams import Following, Watching
 
+ROOT = Path(__file__).parents[2]
 PAIRS = [
     (sdk.Sandyard, sdk.AsyncSandyard), (sdk.Sandbox, sdk.AsyncSandbox),
     (sdk.Files, sdk.AsyncFiles), (sdk.Process, sdk.AsyncProcess), (sdk.Desktop, sdk.AsyncDesktop),
@@ -65,14 +70,42 @@ def test_both_clients_offer_the_same(threads: type, loop: type) -> None:
 
 
 def test_the_synchronous_client_is_what_is_generated_from_the_other() -> None:
-    script = Path(__file__).parents[2] / "scripts/unasync"
+    script = ROOT / "scripts/unasync"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+def test_an_answer_that_nothing_has_changed_is_a_refusal_unless_it_was_asked_for() -> None:
+    with Transport(ClientConfig("http://sandyard.test", "sk_x"), retries=0) as transport:
+        answers = httpx.MockTransport(lambda _: httpx.Response(304))
+        with httpx.Client(base_url="http://sandyard.test", transport=answers) as transport._http:
+            with pytest.raises(sdk.ApiError) as refused:
+                transport.send(Call("GET", "/v1/me", dict))
+            assert refused.value.status == 304
+            assert transport.send_raw(Call("GET", "/v1/me", dict)) is None
+
+
+def test_a_synchronous_module_that_is_not_generated_is_named(tmp_path: Path) -> None:
+    for folder in ("scripts", "src/sandyard/client"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    sync = tmp_path / "src/sandyard/client/_sync"
+    command = [sys.executable, str(tmp_path / "scripts/unasync")]
+    generated = (sync / "files.py").read_text()
+    (sync / "files.py").write_text(generated.partition("\n")[2])  # without its first line
+    done = subprocess.run([*command, "--check"], capture_output=True, text=True)
+    assert (done.returncode, "files.py" in done.stderr) == (1, True), done.stderr
+    subprocess.run(command, check=True)
+    assert (sync / "files.py").read_text() == generated
+    (sync / "other.py").write_text(generated)
+    done = subprocess.run([*command, "--check"], capture_output=True, text=True)
+    assert (done.returncode, "other.py" in done.stderr) == (1, True), done.stderr
+
+
 def test_a_sandbox_has_not_more_methods_than_a_page_of_help_can_show() -> None:
-    own = vars(sdk.AsyncSandbox).items()
-    methods = [one for one, kind in own if inspect.isroutine(kind) and not one.startswith("_")]
+    offered = inspect.getmembers(sdk.AsyncSandbox, inspect.isroutine)
+    former = vars(AsyncFormerNames)
+    methods = [one for one, _ in offered if not one.startswith("_") and one not in former]
     assert len(methods) <= 30
 
 

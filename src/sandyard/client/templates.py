@@ -146,7 +146,6 @@ class Template:
         return self._with(force=is_forced)
 
     def _from(self, **source: str) -> Self:
-        """List the credentials for registries."""
         left = {
             name: value
             for name, value in self.fields.items()

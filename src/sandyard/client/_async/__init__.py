@@ -1,2 +1,2 @@
-"""The client for asyncio. `_sync` is generated from it by scripts/unasync, except for the modules
-that are written in both ways: `concurrency`, `local` and `terminals`."""
+"""The client in one of its two forms. scripts/unasync generates the synchronous one from the other,
+except for the modules `concurrency`, `local` and `terminals`."""

@@ -263,7 +263,7 @@ class AsyncSandbox(SandboxFacts, AsyncFormerNames):
             print((await sbx.exec("uname -a")).stdout)
 
     `AsyncSandbox.connect()` returns an existing one. An `async with` block only closes the
-    connection to it. Callbacks may be coroutine functions.
+    connection to it.
     """
 
     def __init__(
@@ -448,7 +448,7 @@ class AsyncSandbox(SandboxFacts, AsyncFormerNames):
         In the `background` it is started only: the result is its process, and there is no time
         limit unless one is given. Otherwise `on_stdout` and `on_stderr` receive output as text
         while the command runs; `timeout_s=None` means no limit. The result has up to 16 MiB of each
-        stream. A relative `cwd` is below /workspace.
+        stream. A relative `cwd` is below /workspace. Callbacks may be coroutine functions.
 
         Raises:
             CommandFailedError: the exit code is not 0 and `check` is set.
@@ -554,6 +554,7 @@ class AsyncSandbox(SandboxFacts, AsyncFormerNames):
         calls see earlier definitions. See `AsyncContext.run`.
 
         Without a `context`, or its id, this object creates one for each language.
+        Callbacks may be coroutine functions.
         """
         own = self._contexts.get(name_of(language)) if context is None else context
         if isinstance(own, str):
@@ -599,7 +600,7 @@ class AsyncSandbox(SandboxFacts, AsyncFormerNames):
         """Start a program on a terminal; without a `command`, a login shell.
 
         `on_output` receives what it prints, with the terminal's control sequences. Type with
-        `write`, and wait for its end with `wait`.
+        `write`, and wait for its end with `wait`. Callbacks may be coroutine functions.
         """
         process = await self.processes.start(
             command or calls.SHELL,

@@ -44,9 +44,8 @@ class AsyncContext:
         runs at a time.
 
         `stdin` is what `input()` reads. The callbacks receive output and results as they come.
-        Callbacks may be coroutine functions.
-        After `timeout_s` the code is interrupted, and what it defined stays; code that goes on
-        nevertheless is ended with its interpreter.
+        Callbacks may be coroutine functions. After `timeout_s` the code is interrupted, and what
+        it defined stays; code that goes on nevertheless is ended with its interpreter.
         """
         running = contexts.Running(on_stdout, on_stderr, on_result)
         call = contexts.run(self._path, code, timeout_s, stdin)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 class AsyncConnection(AsyncTemplateMethods, AsyncSecretMethods):
     """A connection to a server, and the resources of an organization other than sandboxes.
 
-    `Sandyard` adds the sandboxes.
+    `AsyncSandyard` adds the sandboxes.
     """
 
     def __init__(

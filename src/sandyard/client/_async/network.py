@@ -61,10 +61,20 @@ class AsyncFormerNames:
         """Its network rules, and its connections."""
         raise NotImplementedError
 
-    async def set_network(self, **rules: Any) -> Mapping[str, Any]:
+    async def set_network(
+        self,
+        *,
+        egress: str = "allow",
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        inspect: Sequence[str] = (),
+        inject: Sequence[Mapping[str, Any]] = (),
+    ) -> Mapping[str, Any]:
         """Replace what it may reach. Deprecated: use `network.replace`."""
         warn_of("set_network", "network.replace")
-        return await self.network.replace(**rules)
+        return await self.network.replace(
+            egress=egress, allow=allow, deny=deny, inspect=inspect, inject=inject
+        )
 
     async def connections(self, *, since: float | None = None) -> builtins.list[Mapping[str, Any]]:
         """Return what it reached or was refused. Deprecated: use `network.connections`."""

@@ -8,7 +8,7 @@ from sandyard.client.models import Secret
 
 
 class AsyncSecretMethods:
-    """The methods of `Sandyard` about secrets."""
+    """The methods of `AsyncSandyard` about secrets."""
 
     _transport: AsyncTransport
 

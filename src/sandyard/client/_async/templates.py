@@ -18,7 +18,7 @@ from sandyard.client.templates import OnLine, Template
 
 
 class AsyncTemplateMethods:
-    """What a client does with templates; a part of `Sandyard`."""
+    """What a client does with templates; a part of `AsyncSandyard`."""
 
     _transport: AsyncTransport
 

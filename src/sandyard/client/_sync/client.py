@@ -264,7 +264,7 @@ class Sandbox(SandboxFacts, FormerNames):
             print(sbx.exec("uname -a").stdout)
 
     `Sandbox.connect()` returns an existing one. A `with` block only closes the
-    connection to it. Callbacks must be plain functions.
+    connection to it.
     """
 
     def __init__(
@@ -447,7 +447,7 @@ class Sandbox(SandboxFacts, FormerNames):
         In the `background` it is started only: the result is its process, and there is no time
         limit unless one is given. Otherwise `on_stdout` and `on_stderr` receive output as text
         while the command runs; `timeout_s=None` means no limit. The result has up to 16 MiB of each
-        stream. A relative `cwd` is below /workspace.
+        stream. A relative `cwd` is below /workspace. Callbacks must be plain functions.
 
         Raises:
             CommandFailedError: the exit code is not 0 and `check` is set.
@@ -553,6 +553,7 @@ class Sandbox(SandboxFacts, FormerNames):
         calls see earlier definitions. See `Context.run`.
 
         Without a `context`, or its id, this object creates one for each language.
+        Callbacks must be plain functions.
         """
         own = self._contexts.get(name_of(language)) if context is None else context
         if isinstance(own, str):
@@ -598,7 +599,7 @@ class Sandbox(SandboxFacts, FormerNames):
         """Start a program on a terminal; without a `command`, a login shell.
 
         `on_output` receives what it prints, with the terminal's control sequences. Type with
-        `write`, and wait for its end with `wait`.
+        `write`, and wait for its end with `wait`. Callbacks must be plain functions.
         """
         process = self.processes.start(
             command or calls.SHELL,

@@ -45,9 +45,8 @@ class Context:
         runs at a time.
 
         `stdin` is what `input()` reads. The callbacks receive output and results as they come.
-        Callbacks must be plain functions.
-        After `timeout_s` the code is interrupted, and what it defined stays; code that goes on
-        nevertheless is ended with its interpreter.
+        Callbacks must be plain functions. After `timeout_s` the code is interrupted, and what
+        it defined stays; code that goes on nevertheless is ended with its interpreter.
         """
         running = contexts.Running(on_stdout, on_stderr, on_result)
         call = contexts.run(self._path, code, timeout_s, stdin)

@@ -62,10 +62,20 @@ class FormerNames:
         """Its network rules, and its connections."""
         raise NotImplementedError
 
-    def set_network(self, **rules: Any) -> Mapping[str, Any]:
+    def set_network(
+        self,
+        *,
+        egress: str = "allow",
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        inspect: Sequence[str] = (),
+        inject: Sequence[Mapping[str, Any]] = (),
+    ) -> Mapping[str, Any]:
         """Replace what it may reach. Deprecated: use `network.replace`."""
         warn_of("set_network", "network.replace")
-        return self.network.replace(**rules)
+        return self.network.replace(
+            egress=egress, allow=allow, deny=deny, inspect=inspect, inject=inject
+        )
 
     def connections(self, *, since: float | None = None) -> builtins.list[Mapping[str, Any]]:
         """Return what it reached or was refused. Deprecated: use `network.connections`."""

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from sandyard.client._sync.concurrency import Event, sleep
-from sandyard.client.calls import Call, Retries, result_of
+from sandyard.client.calls import Call, Retries, refusal_of, result_of
 from sandyard.client.config import ClientConfig
 from sandyard.client.errors import ApiError, ConnectionFailedError
 from sandyard.client.requests import (
@@ -53,6 +53,8 @@ class Transport:
             ApiError: the server refused.
         """
         answer = self._answer(call)
+        if answer.status_code == httpx.codes.NOT_MODIFIED:  # only `send_raw` asks for it
+            raise refusal_of(answer.status_code, answer.content, json.loads)
         return result_of(call, answer.status_code, answer.content, json.loads)
 
     def send_raw(self, call: Call[Any]) -> bytes | None:
@@ -92,11 +94,11 @@ class Transport:
             sleep(pause_s)
 
     def follow(self, followed: Followed[EventT], *, until: Event | None = None) -> Iterator[EventT]:
-        """Yield what is followed to its end, over connections that break. After `until`
-        is set, this ends with the next line.
+        """Yield what is followed to its end, over connections that break. After `until` is
+        set, this ends with the next line.
 
         Raises:
-            ApiError: the server refused, or told why it is over.
+            ApiError: the server refused, or reported why it is over.
             ConnectionFailedError: it was unreachable for two minutes, or several seconds at first.
         """
         while not followed.is_over:
