@@ -4,7 +4,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from tests.support.listener import PORT, Listener, listening
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as websocket_server
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sandyard.server.core import ops
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.drivers.fake import Conduct
 from sandyard.server.e2b import ports as ports_of_e2b
+from sandyard.server.front import ports
 
 DOMAIN = "box.example"
 SOCKETS, CLOSED, INTERPRETER = 4000, 5000, 49999
@@ -54,8 +58,9 @@ class Shown:
 @pytest.fixture(params=EACH_STORE)
 async def shown(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Shown]:
     async def echo(socket: ServerConnection) -> None:
-        async for message in socket:
-            await socket.send(message)
+        with suppress(ConnectionClosed):
+            async for message in socket:
+                await socket.send(message)
 
     async with (
         listening() as (listener, port),
@@ -324,6 +329,34 @@ async def test_a_stream_is_reset_when_its_machine_goes(shown: Shown, how: str) -
     writer.close()
     health = await shown.client.get("/health", headers={**box.headers(), "Host": "x"})
     assert health.status_code == 502
+
+
+async def test_what_is_open_ends_when_the_owner_leaves_the_organization(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "_CHECK_S", 0.05)
+    box = await shown.box()
+    url = f"http://127.0.0.1:{shown.opened.port}/events"
+    uri = f"ws://{SOCKETS}-{box.id}.{DOMAIN}/"
+    async with (
+        httpx.AsyncClient(headers={"Host": f"{PORT}-{box.id}.{DOMAIN}"}) as client,
+        client.stream("GET", url) as events,
+        connect(uri, host="127.0.0.1", port=shown.opened.port, proxy=None) as socket,
+    ):
+        feed = events.aiter_raw()
+        await anext(feed)
+        await socket.send("hello")
+        assert await socket.recv() == "hello"
+        yard = shown.opened.yard
+        org_id, user_id = await yard.first()
+        async with yard.house.store.write(Turn.ALONE) as tx:
+            assert await tx.users.remove_member(org_id, user_id, at=datetime.now(UTC))
+        async with asyncio.timeout(SOON_S):
+            with pytest.raises(httpx.RemoteProtocolError):
+                await anext(feed)
+            with pytest.raises(ConnectionClosed):
+                await socket.recv()
+    assert (await shown.get(box)).status_code == 403
 
 
 async def test_a_client_that_leaves_ends_nothing(shown: Shown) -> None:

@@ -25,8 +25,7 @@ from websockets.typing import Subprotocol
 
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.drivers.fake import Conduct
-from sandyard.server.front import proxy
-from sandyard.server.gateway import previews
+from sandyard.server.front import ports, proxy
 from sandyard.server.links.local import SystemClock
 
 SOCKETS = 4000
@@ -261,7 +260,7 @@ async def test_a_url_ends_with_whoever_made_it(shown: Shown) -> None:
 async def test_what_is_open_ends_with_whoever_made_its_url(
     shown: Shown, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(previews, "_CHECK_S", 0.05)
+    monkeypatch.setattr(ports, "_CHECK_S", 0.05)
     yard = shown.opened.yard
     made = (await yard.client.post("/v1/api-keys", json={"name": "k"})).json()["data"]
     async with yard.client_of(made["key"]) as client:

@@ -6,9 +6,9 @@ sandbox's traffic token. The port of the code interpreter always needs it: its c
 """
 
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
 import h11
@@ -22,17 +22,17 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnauthenticatedError,
 )
-from sandyard.server.core.ids import new_request_id
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.wire import is_guests_port
 from sandyard.server.e2b.awake import awake
 from sandyard.server.e2b.errors import closed, is_gone, render_envd
 from sandyard.server.e2b.names import Target, target_of
 from sandyard.server.front import headers as h
-from sandyard.server.front.answer import TUNNEL, ProxyAnswer
-from sandyard.server.front.exchange import BrokenOffError, GoneError, HungUpError
+from sandyard.server.front.answer import ProxyAnswer
+from sandyard.server.front.exchange import BrokenOffError, HungUpError
 from sandyard.server.front.face import EdgeServices
-from sandyard.server.front.proxy import Passage, UnsendableError, pass_on, tunnel
+from sandyard.server.front.ports import answering, to_port
+from sandyard.server.front.proxy import Passage, UnsendableError
 from sandyard.server.front.sessions import has_session
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.services import Services
@@ -51,11 +51,21 @@ _TOKEN = b"e2b-traffic-access-token"
 _OURS = frozenset(
     {_TOKEN, b"x-access-token", b"e2b-sandbox-id", b"e2b-sandbox-port", b"e2b-template-id"}
 )
-_BROKEN = (h11.RemoteProtocolError, h11.LocalProtocolError)
 
 
 class _ClosedError(Exception):
     """Nothing listens at the port."""
+
+
+_REFUSED = (
+    SandyardError,
+    _ClosedError,
+    HungUpError,
+    UnsendableError,
+    TimeoutError,
+    h11.RemoteProtocolError,
+    h11.LocalProtocolError,
+)
 
 
 class PortApp:
@@ -68,54 +78,51 @@ class PortApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or tunnel."""
-        request_id = new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
-        self._edge.bind(request_id)
-        began, answer = time.perf_counter(), ProxyAnswer(scope, send)
         target = target_of(scope, self._domain)
         assert target is not None
-        try:
-            await self._serve(scope, receive, target, answer)
-        except GoneError:
-            pass
-        except (
-            SandyardError,
-            _ClosedError,
-            HungUpError,
-            UnsendableError,
-            TimeoutError,
-            *_BROKEN,
-        ) as error:
-            if answer.has_begun:
-                log.info("aborting the answer of a port: %s", error)
-                raise BrokenOffError from error
-            await _refuse(scope, answer, _refusal(target, error))
-        finally:
-            self._edge.observe(
-                face="e2b-ports",
-                method="TUNNEL" if scope["type"] == TUNNEL else scope.get("method", "WEBSOCKET"),
-                route="port",
-                status=answer.status,
-                seconds=time.perf_counter() - began,
-            )
+        async with answering(self._edge, scope, send, face="e2b-ports", route="port") as answer:
+            try:
+                await self._serve(scope, receive, target, answer)
+            except _REFUSED as error:
+                if answer.has_begun:
+                    log.info("aborting the answer of a port: %s", error)
+                    raise BrokenOffError from error
+                await _refuse(scope, answer, _refusal(target, error))
 
     async def _serve(
         self, scope: Scope, receive: Receive, target: Target, answer: ProxyAnswer
     ) -> None:
         services = self._services
-        actor = await services.tokens.owner(target.sandbox_id)
-        sandbox = await services.sandboxes.get(actor, target.sandbox_id, scope="sandbox:write")
-        self._check(scope, sandbox, target)
+        actor, sandbox = await self._enter(scope, target)
         sandbox = await awake(services, actor, sandbox)
         if not is_guests_port(target.port):
             raise _ClosedError
         strips = await has_session(scope["headers"], self._edge.credentials)
         passage = _passage(scope, sandbox, target, strips_authorization=strips)
-        dialing = self._dial(actor, target)
-        if scope["type"] == TUNNEL:
-            await tunnel(scope, passage, dialing, answer, services.clock)
-        else:
-            await pass_on(scope, receive, passage, dialing, answer, services.clock)
+        await to_port(
+            scope,
+            receive,
+            passage,
+            self._dial(actor, target),
+            answer,
+            services.clock,
+            check=partial(self._enter, scope, target),
+        )
+
+    async def _enter(self, scope: Scope, target: Target) -> tuple[Actor, Sandbox]:
+        """Return the owner of a sandbox, and the sandbox, if a client may use its port.
+
+        Raises:
+            NotFoundError: there is no such sandbox.
+            InvalidTokenError: its owner has left the organization.
+            UnauthenticatedError, RateLimitedError: see `_check`.
+        """
+        actor = await self._services.tokens.owner(target.sandbox_id)
+        sandbox = await self._services.sandboxes.get(
+            actor, target.sandbox_id, scope="sandbox:write"
+        )
+        self._check(scope, sandbox, target)
+        return actor, sandbox
 
     def _check(self, scope: Scope, sandbox: Sandbox, target: Target) -> None:
         """Return if a client may use a port.

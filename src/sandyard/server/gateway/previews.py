@@ -4,7 +4,6 @@ A token in the host name, in the query or in a cookie, or a credential of the AP
 `front.proxy` does the rest, through the agent, so servers on the guest's loopback are reached too.
 """
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -21,15 +20,14 @@ from sandyard.server.core.errors import (
     SandyardError,
     TokenExpiredError,
     UnauthenticatedError,
-    UnavailableError,
 )
-from sandyard.server.core.ids import new_request_id
 from sandyard.server.front import headers as h
 from sandyard.server.front.answer import TUNNEL, ProxyAnswer
-from sandyard.server.front.exchange import GoneError, HungUpError
+from sandyard.server.front.exchange import HungUpError
 from sandyard.server.front.face import EdgeServices
 from sandyard.server.front.hosts import PortName, name_of
-from sandyard.server.front.proxy import Passage, UnsendableError, pass_on, tunnel
+from sandyard.server.front.ports import Check, answering, to_port
+from sandyard.server.front.proxy import Passage, UnsendableError
 from sandyard.server.front.sessions import has_session
 from sandyard.server.gateway.error_page import Message
 from sandyard.server.gateway.refusals import (
@@ -49,11 +47,8 @@ from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.people.credentials import PreviewToken, Token
 from sandyard.server.service.sandboxes.previews import QUERY_TOKEN
 from sandyard.server.service.services import Services
-from sandyard.server.tasks import concurrently
 
 _COOKIES_MAX = 50
-_CHECK_S = 30.0
-Check = Callable[[], Awaitable[object]]
 _BROKEN = (h11.RemoteProtocolError, h11.LocalProtocolError)
 
 
@@ -90,44 +85,27 @@ class PreviewApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or tunnel."""
-        request_id = new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
-        self._edge.bind(request_id)
-        began, answer = time.perf_counter(), ProxyAnswer(scope, send)
-        try:
+        async with answering(self._edge, scope, send, face="previews", route="preview") as answer:
             try:
                 await self._serve(scope, receive, answer)
-            except SandyardError as error:
-                raise refusal_of(error) from error
-            except TimeoutError as error:
-                raise RefusalError(*SILENT) from error
-            except HungUpError as error:
-                raise RefusalError(*HUNG_UP) from error
-            except UnsendableError as error:
-                raise RefusalError(*NOT_PASSED_ON) from error
-            except _BROKEN as error:
-                raise RefusalError(*NO_HTTP) from error
-        except RefusalError as refused:
-            await refuse(scope, answer, refused, request_id)
-        except GoneError:
-            pass
-        finally:
-            self._edge.observe(
-                face="previews",
-                method="TUNNEL" if scope["type"] == TUNNEL else scope.get("method", "WEBSOCKET"),
-                route="preview",
-                status=answer.status,
-                seconds=time.perf_counter() - began,
-            )
+            except RefusalError as refused:
+                await refuse(scope, answer, refused, scope["state"]["request_id"])
 
     async def _serve(self, scope: Scope, receive: Receive, answer: ProxyAnswer) -> None:
-        guest = await self._enter(scope)
-        passage, dialing = self._passage(scope, guest), self._dial(guest)
-        async with concurrently(self._watch(guest)):
-            if scope["type"] == TUNNEL:
-                await tunnel(scope, passage, dialing, answer, self._clock)
-            else:
-                await pass_on(scope, receive, passage, dialing, answer, self._clock)
+        try:
+            guest = await self._enter(scope)
+            passage, dialing = self._passage(scope, guest), self._dial(guest)
+            await to_port(scope, receive, passage, dialing, answer, self._clock, check=guest.check)
+        except SandyardError as error:
+            raise refusal_of(error) from error
+        except TimeoutError as error:
+            raise RefusalError(*SILENT) from error
+        except HungUpError as error:
+            raise RefusalError(*HUNG_UP) from error
+        except UnsendableError as error:
+            raise RefusalError(*NOT_PASSED_ON) from error
+        except _BROKEN as error:
+            raise RefusalError(*NO_HTTP) from error
 
     # --- who may enter -----------------------------------------------------------------------
 
@@ -281,17 +259,6 @@ class PreviewApp:
             if is_open:
                 raise
             raise closed(guest.name.port) from error
-
-    async def _watch(self, guest: _Guest) -> None:
-        """Re-authorize the client every _CHECK_S seconds; never returns.
-
-        Raises:
-            SandyardError: the client may no longer see the preview.
-        """
-        while True:
-            await self._clock.sleep(_CHECK_S)
-            with suppress(UnavailableError):
-                await guest.check()
 
     def _passage(self, scope: Scope, guest: _Guest) -> Passage:
         name, path = guest.name, bytes(scope.get("raw_path") or b"/")
