@@ -32,7 +32,7 @@ from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.node_ops import EnsureRunning, PrepareVersion
 from sandyard.server.core.records import Build, BuildStatus, Upload
 from sandyard.server.links.sql.seal import Seal
-from sandyard.server.service.builds import building, cache, recipes
+from sandyard.server.service.builds import boxes, cache, progress, recipes, removal
 from sandyard.server.service.builds.plan import NewTemplate, Step, StepKind
 from sandyard.server.tasks import concurrently
 
@@ -388,7 +388,7 @@ async def test_a_command_that_fails_ends_the_build_with_its_code(site: Site) -> 
     site.works.says["second"] = b"\x1b[31mwhy\x1b[0m\nnot"
     build, lines = await site.ended(await site.build(STEPS))
     assert build.status is BuildStatus.FAILED
-    assert build.error == "running: second: a command ended with 7; the log shows what it said"
+    assert build.error == "running: second: a command ended with 7; the log shows what it printed"
     assert lines == [
         "running: first", "running: second", "why", "not", f"the build ended: {build.error}"
     ]  # fmt: skip
@@ -398,7 +398,7 @@ async def test_a_command_that_fails_ends_the_build_with_its_code(site: Site) -> 
 async def test_a_command_that_floods_its_log_ends_the_build(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "_FLOOD", 2)
+    monkeypatch.setattr(boxes, "_FLOOD", 2)
     site.works.says["first"] = b"flood\n" * 600_000  # less than twice the size of a log
     site.works.says["second"] = b"flood\n" * 800_000
     build, lines = await site.ended(await site.build(STEPS))
@@ -502,8 +502,8 @@ async def test_a_build_with_secrets_keeps_nothing_and_masks_them(site: Site) -> 
 
 
 async def test_old_builds_are_removed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "LIST_MAX", 2)
-    monkeypatch.setattr(building, "_LOGS_KEPT", 1)
+    monkeypatch.setattr(progress, "LIST_MAX", 2)
+    monkeypatch.setattr(progress, "_LOGS_KEPT", 1)
     first, _ = await site.ended(await site.build(STEPS))
     site.works.fails["bad"] = 1
     await site.ended(await site.build(replace(STEPS, run=("bad",))))
@@ -713,7 +713,7 @@ async def test_a_step_with_force_is_taken_again_and_all_after_it(site: Site) -> 
 async def test_a_build_that_is_never_described_ends(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "WAITS", timedelta(seconds=300))
+    monkeypatch.setattr(removal, "WAITS", timedelta(seconds=300))
     builds, actor = site.desk.services.builds, site.desk.actor
     build = await builds.announce(actor, NewTemplate("mine", tags=("v1",)))
     assert build.status is BuildStatus.WAITING

@@ -25,13 +25,13 @@ from sandyard.server.node.images.image import ROOTS, read_image, write_manifest
 from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.versions import Versions
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.builds.building import _pinned
 from sandyard.server.service.builds.builds import read, written
 from sandyard.server.service.builds.cache import layers_prefix, step_names
 from sandyard.server.service.builds.config import os_of, read_config
 from sandyard.server.service.builds.credentials import host_of
 from sandyard.server.service.builds.output import Lines, Masks
 from sandyard.server.service.builds.plan import NewFile, NewTemplate, check_plan
+from sandyard.server.service.builds.sources import pinned
 
 SHAPE = Shape(1, 512, 5120)
 
@@ -96,9 +96,9 @@ def test_a_request_is_kept_whole(wish: NewTemplate) -> None:
 
 def test_a_digest_takes_the_place_of_a_tag() -> None:
     digest = f"sha256:{'0' * 64}"
-    assert _pinned("a/b:c") == "a/b:c"
-    assert _pinned(f"host:5000/a/b:c@{digest}") == f"host:5000/a/b@{digest}"
-    assert _pinned(f"host:5000/a/b@{digest}") == f"host:5000/a/b@{digest}"
+    assert pinned("a/b:c") == "a/b:c"
+    assert pinned(f"host:5000/a/b:c@{digest}") == f"host:5000/a/b@{digest}"
+    assert pinned(f"host:5000/a/b@{digest}") == f"host:5000/a/b@{digest}"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from sandyard.server.node.images.definitions import load_definitions
 from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.versions import Versions
 from sandyard.server.service.addresses import Addresses, SshAddress
-from sandyard.server.service.builds.building import BuildLimits
+from sandyard.server.service.builds.tools import BuildLimits
 from sandyard.server.service.people.organizations import SignUp
 from sandyard.server.tasks import in_thread
 
