@@ -17,7 +17,7 @@ from tests.support.house import Yard, eventually, looked, open_yard
 
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.money import MICROS
-from sandyard.server.core.records import Membership
+from sandyard.server.core.records import Membership, Role
 from sandyard.server.links.local import SystemClock
 from sandyard.server.service.people.organizations import set_role
 
@@ -31,7 +31,7 @@ async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
         yield opened
 
 
-async def member_of(yard: Yard, *, role: str = "member", **key: Any) -> Any:
+async def member_of(yard: Yard, *, role: Role = "member", **key: Any) -> Any:
     """Return a client of a new member."""
     org_id, _ = await yard.first()
     return yard.client_of(await yard.add_key(org_id, await yard.add_member(org_id, role), **key))

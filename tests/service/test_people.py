@@ -23,7 +23,7 @@ from sandyard.server.core.errors import (
     UnauthenticatedError,
 )
 from sandyard.server.core.ids import new_uuid
-from sandyard.server.core.records import User
+from sandyard.server.core.records import Role, User
 from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.people.credentials import (
     Credential,
@@ -149,17 +149,17 @@ async def test_a_kind_that_nobody_verifies_is_a_bug_and_one_that_is_added_works(
 ) -> None:
     @dataclass(frozen=True)
     class Badge(Credential):
-        name: str
+        role: Role
 
     credentials = desk.services.credentials
     with pytest.raises(InternalError):
-        await credentials.verify(Badge("ada"))
+        await credentials.verify(Badge("member"))
 
     async def verify(badge: Badge) -> Admission:
-        return Admission(replace(desk.actor, role=badge.name))
+        return Admission(replace(desk.actor, role=badge.role))
 
     credentials.add(Badge, verify)
-    assert (await credentials.verify(Badge("ada"))).actor.role == "ada"
+    assert (await credentials.verify(Badge("member"))).actor.role == "member"
 
 
 # --- keys ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
-from sandyard.server.core.records import ApiKey, User
+from sandyard.server.core.records import ApiKey, Role, User
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.node import Node
@@ -76,7 +76,7 @@ class Yard:
             members = await tx.users.members(organization.id)
         return organization.id, next(user.id for user, one in members if one.role == "admin")
 
-    async def add_member(self, org_id: str, role: str = "member") -> str:
+    async def add_member(self, org_id: str, role: Role = "member") -> str:
         """Add a user to an organization and return its id."""
         now = datetime.now(UTC)
         user = User(new_uuid(), f"{new_uuid()}@example.org", "Somebody", now)

@@ -36,7 +36,7 @@ from sandyard.server.service.builds.sources import pinned
 SHAPE = Shape(1, 512, 5120)
 
 
-MEMBER = Actor(org_id="o", user_id="u", role="member", scopes=frozenset(), kind="key")
+MEMBER = Actor(org_id="o", user_id="u", role="member", scopes=frozenset(), kind="api_key")
 
 
 # --- what is requested ----------------------------------------------------------------------------

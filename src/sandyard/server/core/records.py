@@ -43,13 +43,17 @@ class User:
     is_operator: bool = False
 
 
+Role = Literal["admin", "member"]
+ActorKind = Literal["api_key", "user", "system"]
+
+
 @dataclass(frozen=True)
 class Membership:
     """A user's role in an organization. `role_at` is when the role was last set."""
 
     org_id: str
     user_id: str
-    role: str
+    role: Role
     created_at: datetime
     role_at: datetime
 
@@ -127,7 +131,7 @@ class KeyHolder:
     """An API key, its owner's role, and the organization's limits."""
 
     key: ApiKey
-    role: str
+    role: Role
     is_operator: bool
     plan: str
     limits: Mapping[str, int]

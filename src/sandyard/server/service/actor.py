@@ -6,6 +6,7 @@ from datetime import datetime
 
 from sandyard.server.core.errors import PermissionDeniedError
 from sandyard.server.core.plans import Plan
+from sandyard.server.core.records import ActorKind, Role
 from sandyard.server.core.scopes import ADMINS_ONLY, is_covered
 
 
@@ -20,9 +21,9 @@ class Actor:
 
     org_id: str
     user_id: str
-    role: str
+    role: Role
     scopes: frozenset[str]
-    kind: str  # api_key, user or system
+    kind: ActorKind
     key_id: str | None = None
     key_generation: str = ""
     is_bound: bool = True

@@ -8,6 +8,7 @@ from sandyard.server.api.models.base import Body, Model, Time, Title
 from sandyard.server.core.records import (
     Membership,
     Organization,
+    Role,
     User,
 )
 
@@ -104,7 +105,7 @@ class MemberOut(Model):
     email: str
     first_name: str | None
     last_name: str | None
-    role: Literal["admin", "member"]
+    role: Role
     status: Literal["active"]
     joined_at: Time
 
@@ -117,7 +118,7 @@ def member_out(user: User, member: Membership) -> MemberOut:
         email=user.email,
         first_name=user.first_name or (None if user.last_name else user.display_name),
         last_name=user.last_name,
-        role="admin" if member.role == "admin" else "member",
+        role=member.role,
         status="active",
         joined_at=member.created_at,
     )

@@ -179,12 +179,11 @@ class Meter:
         at = prices.changed_at
         if at is None or at > self._clock.now() or self._reopened.get(org_id) == at:
             return
-        for kind in ("usage", "storage"):
+        for reopen in (_reopen_usage, _reopen_storage):
             count = _PAGE
             while count == _PAGE:
                 async with self._store.write(org_id) as tx:
-                    rows = tx.usage if kind == "usage" else tx.storage
-                    count = await rows.reopen(org_id, at, most=_PAGE)
+                    count = await reopen(tx, org_id, at)
         self._reopened[org_id] = at
 
     async def _look_at(self, org_id: str) -> float:
@@ -463,3 +462,11 @@ async def _post(tx: Transaction, account: Account, *, resource: str, at: datetim
             )
         )
     return account
+
+
+async def _reopen_usage(tx: Transaction, org_id: str, at: datetime) -> int:
+    return await tx.usage.reopen(org_id, at, most=_PAGE)
+
+
+async def _reopen_storage(tx: Transaction, org_id: str, at: datetime) -> int:
+    return await tx.storage.reopen(org_id, at, most=_PAGE)

@@ -29,6 +29,7 @@ from sandyard.server.core.records import (
     Organization,
     Quarantined,
     Reason,
+    Role,
     Sandbox,
     Snapshot,
     StoragePeriod,
@@ -165,13 +166,13 @@ class Administration:
             InvalidArgumentError: address or role is invalid.
             NotFoundError: there is no such organization.
         """
-        email, role = _check_email(email), _check_role(role)
+        email, given = _check_email(email), _checked_role(role)
         async with self._store.write(Turn.ALONE) as tx:
             organization = await _organization(tx, reference)
             user = await self._user_or_new(tx, email)
             if await tx.users.member(organization.id, user.id) is not None:
                 raise AlreadyExistsError(f"cannot add {email}: they are a member already")
-            await join(tx, organization.id, user, role, at=self._clock.now())
+            await join(tx, organization.id, user, given, at=self._clock.now())
             await self._note(tx, organization, "member.joined", "Member joined", user)
         return user
 
@@ -182,12 +183,12 @@ class Administration:
             InvalidArgumentError: there is no such role.
             NotFoundError: there is no such organization or member.
         """
-        _check_role(role)
+        given = _checked_role(role)
         async with self._store.write(Turn.ALONE) as tx:
             organization, _, member = await self._member(tx, reference, who)
-            if role != "admin":
+            if given != "admin":
                 await self._check_not_last(tx, organization, member)
-            await set_role(tx, member, role, actor=None, at=self._clock.now())
+            await set_role(tx, member, given, actor=None, at=self._clock.now())
 
     async def remove_member(self, reference: str, who: str) -> None:
         """Remove a member and revoke their keys. Their sandboxes stay.
@@ -490,10 +491,11 @@ def _check_email(email: str) -> str:
     return email.lower()
 
 
-def _check_role(role: str) -> str:
-    if role not in ROLES:
-        raise InvalidArgumentError(f"cannot use the role {role!r}: {' and '.join(ROLES)} are there")
-    return role
+def _checked_role(role: str) -> Role:
+    for one in ROLES:
+        if role == one:
+            return one
+    raise InvalidArgumentError(f"cannot use the role {role!r}: {' and '.join(ROLES)} are there")
 
 
 def _rules_of(machine: Quarantined) -> Policy:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Final
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
@@ -16,6 +17,7 @@ from sandyard.server.core.records import (
     Membership,
     Organization,
     Project,
+    Role,
     User,
     Workspace,
 )
@@ -25,7 +27,7 @@ from sandyard.server.service.lines import line
 from sandyard.server.service.money.credits import SIGN_UP, credit
 from sandyard.server.service.repeats import Repeatable, Repeats
 
-ROLES = ("admin", "member")
+ROLES: Final[tuple[Role, ...]] = ("admin", "member")
 _NAME_MAX = 100
 COLOR = "^#[0-9a-fA-F]{6}$"
 _PROJECTS_MAX = 1000
@@ -56,7 +58,7 @@ async def found_organization(
     *,
     sign_up: SignUp,
     at: datetime,
-    role: str = "admin",
+    role: Role = "admin",
     external_id: str | None = None,
     is_granted: bool = True,
     slug: str | None = None,
@@ -99,7 +101,7 @@ async def found_organization(
     return Founded(organization, project, workspace)
 
 
-async def join(tx: Transaction, org_id: str, user: User, role: str, *, at: datetime) -> Workspace:
+async def join(tx: Transaction, org_id: str, user: User, role: Role, *, at: datetime) -> Workspace:
     """Add a user to an organization, and return their personal workspace in it."""
     await tx.users.put_member(Membership(org_id, user.id, role, created_at=at, role_at=at))
     known = await tx.workspaces.personal(org_id, user.id)
@@ -142,7 +144,7 @@ async def revoke_all(
 
 
 async def set_role(
-    tx: Transaction, member: Membership, role: str, *, actor: Actor | None, at: datetime
+    tx: Transaction, member: Membership, role: Role, *, actor: Actor | None, at: datetime
 ) -> None:
     """Change a member's role. A former admin loses keys with admin scopes."""
     await tx.users.put_member(replace(member, role=role, role_at=at))
@@ -191,7 +193,7 @@ class Organizations:
         async with self._store.read() as tx:
             if org_id is None or org_id == actor.org_id:
                 organization = await tx.organizations.find(actor.org_id)
-                role: str | None = actor.role
+                role: Role | None = actor.role
             else:
                 organization, role = None, None
                 # A key is for one organization; a session is its user, who may be in several.

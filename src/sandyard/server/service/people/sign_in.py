@@ -9,7 +9,7 @@ from sandyard.server.core.contracts.people import Session, Sessions
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import InvalidTokenError, NotFoundError
 from sandyard.server.core.ids import new_uuid
-from sandyard.server.core.records import Membership, Organization, User
+from sandyard.server.core.records import Membership, Organization, Role, User
 from sandyard.server.core.scopes import ADMINS_ONLY, SCOPES
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
@@ -197,7 +197,7 @@ class SignIn:
         log.info("created an organization for a session", extra={"org_id": founded.organization.id})
         return founded.organization
 
-    def _role(self, session: Session) -> str | None:
+    def _role(self, session: Session) -> Role | None:
         """Return the role that a token gives its user in the organization that it names.
 
         A token without an organization says nothing about roles.
@@ -206,7 +206,7 @@ class SignIn:
             return None
         return "admin" if session.role in self._admin_roles else "member"
 
-    def _new_role(self, session: Session, member: Membership) -> str | None:
+    def _new_role(self, session: Session, member: Membership) -> Role | None:
         role = self._role(session)
         if role is None or role == member.role or session.issued_at <= member.role_at:
             return None
@@ -217,7 +217,7 @@ def _is_in(theirs: list[tuple[Organization, Membership]], session: Session) -> b
     return any(organization.external_id == session.org for organization, _ in theirs)
 
 
-def _scopes(session: Session, role: str) -> frozenset[str]:
+def _scopes(session: Session, role: Role) -> frozenset[str]:
     """Return the scopes of a session: its token's permissions, if they include some of ours.
 
     Permissions for other programs are ignored; an empty list is not.
