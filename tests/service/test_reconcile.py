@@ -499,7 +499,7 @@ async def test_what_a_node_is_too_old_for_is_started_by_another(three: Desk) -> 
         waiting = await three.services.creation.create(three.actor, WISH)
         await three.drive(12)
         assert (await three.get(waiting)).status is Status.CREATING
-    await three.drive(8)  # they were updated
+    await three.drive(20)  # they were updated
     assert (await three.get(waiting)).status is Status.RUNNING
 
 

@@ -1,6 +1,7 @@
 """What owners may do with sandboxes: the services on a fake node, time driven by hand."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -105,12 +106,18 @@ async def test_what_cannot_start_now_is_tried_again_and_given_up_in_the_end(desk
     await desk.drive(6)
     assert (await desk.until(box, Status.RUNNING)).incarnation == 1
 
+    tries: list[float] = []
+
     async def refuse_for_ever(*_: object) -> None:
+        tries.append(desk.clock.monotonic())
         raise UnavailableError("not now")
 
     desk.node.ensure_running = refuse_for_ever  # type: ignore[assignment,method-assign]
     late = await desk.services.creation.create(desk.actor, wish)
-    await desk.drive(20)
+    await desk.drive(100)
+    pauses_s = [later - earlier for earlier, later in itertools.pairwise(tries)]
+    assert 5 < len(pauses_s) < 20  # every two seconds it would be 50
+    assert max(pauses_s[:2]) < min(pauses_s[-2:]) < 20, pauses_s
     assert (await desk.get(late)).status is Status.CREATING
     await desk.drive(320, step=20)
     given_up = await desk.until(late, Status.FAILED)

@@ -45,7 +45,13 @@ from tests.support.nats import nats_server
 from tests.support.papers import Desk
 from tests.support.postgres import postgres_url
 
-PACE = Pace(period_s=0.2, lease_s=1.0, retry_s=0.2, patience=SilenceLimits(node_silent_s=1.0))
+PACE = Pace(
+    period_s=0.2,
+    lease_s=1.0,
+    retry_s=0.2,
+    retry_max_s=0.4,
+    patience=SilenceLimits(node_silent_s=1.0),
+)
 NODE_IDS = ("one", "two", "three")
 SILENT = "three"
 _LIVES = 4  # requests that the second server answers before it is killed

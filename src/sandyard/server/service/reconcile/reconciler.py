@@ -9,6 +9,7 @@ Several servers may do this concurrently: a lease names its holder and guards ev
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -44,16 +45,20 @@ def topic_of_node(node_id: str) -> str:
 
 _NOTED_EVERY_S = 4.0
 _LEFT_AFTER_S = 10.0
+_RETRIES_MAX = 10_000
+_random = random.SystemRandom()
 _STARTING = frozenset({Status.PENDING, Status.CREATING, Status.RESUMING})
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How often the reconciler polls, and its limits."""
+    """How often the reconciler polls, and its limits. Work that cannot be completed is tried again
+    after `retry_s`, and then less and less often, up to `retry_max_s`."""
 
     period_s: float = 2.0
     lease_s: float = 30.0
     retry_s: float = 2.0
+    retry_max_s: float = 16.0
     start_limit_s: float = 300.0
     workers: int = 64
     patience: SilenceLimits = field(default_factory=SilenceLimits)
@@ -92,6 +97,7 @@ class Reconciler:
         self._pace = pace
         self._lasts = timedelta(seconds=pace.lease_s)
         self._away_since = away_since
+        self._retries: dict[str, int] = {}
         self._starting = 0
         self._more_end = False
         self._crew = Crew()
@@ -200,7 +206,9 @@ class Reconciler:
                 every_s=self._pace.lease_s / 3,
                 clock=self._clock,
             )
+            self._retries.pop(claim.sandbox.id, None)
         except ConflictError:
+            self._retries.pop(claim.sandbox.id, None)
             log.debug(
                 "the sandbox changed meanwhile; dropping the work",
                 extra={"sandbox_id": claim.sandbox.id},
@@ -217,12 +225,24 @@ class Reconciler:
             raise
 
     async def _try_again_later(self, claim: Claim) -> None:
-        lasts = timedelta(seconds=self._pace.retry_s)
+        pause_s = self._pause_s(claim.sandbox.id)
         try:
             async with self._store.write(Turn.SHARED) as tx:
-                await tx.leases.extend(claim.sandbox.id, lease=claim.lease, lasts=lasts)
+                await tx.leases.extend(
+                    claim.sandbox.id, lease=claim.lease, lasts=timedelta(seconds=pause_s)
+                )
         except UnavailableError:
             log.warning("cannot shorten a lease; it will expire")
+
+    def _pause_s(self, sandbox_id: str) -> float:
+        """Return after how long to try again: twice as long each time, and not all at once when a
+        node or the store returns."""
+        retries = self._retries.pop(sandbox_id, 0)
+        self._retries[sandbox_id] = retries + 1
+        while len(self._retries) > _RETRIES_MAX:  # other servers go on with those
+            del self._retries[next(iter(self._retries))]
+        longest_s = min(self._pace.retry_s * 2.0 ** min(retries, 30), self._pace.retry_max_s)
+        return longest_s * _random.uniform(0.5, 1)
 
     async def _extend(self, claim: Claim) -> None:
         """Extend a lease.
