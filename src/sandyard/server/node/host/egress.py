@@ -172,7 +172,7 @@ class EgressProcesses:
             guard.credentials = credentials
         try:
             async with guard.lock:
-                await self._tell(guard)
+                await self._configure(guard)
         finally:
             # Whatever became of this: it is started until it runs.
             if guard.watching is None and self._crew is not None:
@@ -192,32 +192,32 @@ class EgressProcesses:
             _socket_in(folder, place).unlink(missing_ok=True)
         self._guards.pop(place.number, None)
 
-    async def _tell(self, guard: _Guard) -> None:
+    async def _configure(self, guard: _Guard) -> None:
         """Send a process its rules; one that does not take them is replaced."""
-        before = guard.stamp
+        before, stamp = guard.stamp, None
         try:
-            guard.stamp = await self._told_or_replaced(guard)
-        except BaseException:
-            guard.stamp = None
-            raise
+            try:
+                stamp = await self._send(guard)
+            except (OSError, TimeoutError, EOFError):
+                stamp = await self._replace(guard)
         finally:
-            if before is not None and guard.stamp is None:
+            guard.stamp = stamp
+            if before is not None and stamp is None:
                 self._on_change()
 
-    async def _told_or_replaced(self, guard: _Guard) -> str | None:
-        with contextlib.suppress(OSError, TimeoutError, EOFError):
-            return await self._told(guard)
+    async def _replace(self, guard: _Guard) -> str | None:
+        """Start another process with the rules. Returns as `_send`."""
         await kill_all_of(self._uid_of(guard.place), path_of(guard.place.netns), is_hidden=True)
         try:
             await self._start(guard)
-            return await self._told(guard)
+            return await self._send(guard)
         except (OSError, TimeoutError, EOFError, ValueError) as error:
-            said = await in_thread(_end_of, guard.folder / _ERRORS)
+            printed = await in_thread(_end_of, guard.folder / _ERRORS)
             raise UnavailableError(
-                f"cannot start what enforces the sandbox's network rules: {said or error}"
+                f"cannot start what enforces the sandbox's network rules: {printed or error}"
             ) from error
 
-    async def _told(self, guard: _Guard) -> str | None:
+    async def _send(self, guard: _Guard) -> str | None:
         """Send a process its rules, and return the stamp of its credentials once it uses them."""
         servers = tuple(_server(*one) for one in self._resolvers())
         config = Config(guard.policy, UNREACHABLE, self._permitted, servers, guard.credentials)
@@ -255,7 +255,7 @@ class EgressProcesses:
             await asyncio.sleep(pause_s)
             try:
                 async with guard.lock:
-                    await self._tell(guard)
+                    await self._configure(guard)
             except UnavailableError as error:
                 log.error("%s; trying again", error.message)
 
@@ -270,7 +270,7 @@ class EgressProcesses:
                     with contextlib.suppress(UnavailableError):  # it is started again elsewhere
                         async with guard.lock:
                             if guard.watching is not None:  # it was not stopped meanwhile
-                                await self._tell(guard)
+                                await self._configure(guard)
 
 
 class _Parent:
