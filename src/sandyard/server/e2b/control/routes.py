@@ -50,6 +50,7 @@ from sandyard.server.service.sandboxes.change import Changes
 from sandyard.server.service.sandboxes.create import NewSandbox
 from sandyard.server.service.sandboxes.fields import check_metadata
 from sandyard.server.service.services import Services
+from sandyard.server.service.templates.templates import Chosen
 
 _CREATE_MAX = 256 * 1024
 _START_S = 55.0
@@ -141,9 +142,9 @@ async def create(request: Request) -> Response:
     _check_offered(body)
     is_old = not request.url.path.startswith("/v2/")
     timeout = body.timeout or (_OLD_TIMEOUT_S if is_old else _DEFAULT_TIMEOUT_S)
-    template, snapshot = await _source(control, body.template_id)
+    chosen, snapshot = await _source(control, body.template_id)
     wish = NewSandbox(
-        template=template,
+        chosen=chosen,
         snapshot=snapshot,
         idle_timeout=0,
         env=body.env_vars or {},
@@ -211,14 +212,14 @@ def _not_offered(field: str) -> InvalidArgumentError:
     )
 
 
-async def _source(control: Control, reference: str) -> tuple[str | None, str | None]:
+async def _source(control: Control, reference: str) -> tuple[Chosen | None, str | None]:
     """Return the template or the snapshot that a client names.
 
     Raises:
         NotFoundError: there is none.
     """
     try:
-        return await template_of(control, reference), None
+        return (await template_of(control, reference))[1], None
     except InvalidArgumentError:
         pass
     name = reference.rpartition("/")[2].partition(":")[0]
@@ -229,9 +230,9 @@ async def _source(control: Control, reference: str) -> tuple[str | None, str | N
     return None, snapshot.id
 
 
-async def template_of(control: Control, reference: str) -> str:
-    """Return the template that a client names, as the service takes it. Without a tag it is the
-    version with the tag `default`, or else the latest.
+async def template_of(control: Control, reference: str) -> tuple[str, Chosen]:
+    """Return the template that a client names, by the name that the service takes. Without a tag it
+    is the version with the tag `default`, or else the latest.
 
     Raises:
         InvalidArgumentError: there is none.
@@ -242,12 +243,10 @@ async def template_of(control: Control, reference: str) -> str:
         wanted.append(name)
     for one in wanted:
         try:
-            await control.services.templates.choose(control.actor, one)
+            return one, await control.services.templates.choose(control.actor, one)
         except InvalidArgumentError:
             if one is wanted[-1]:
                 raise
-        else:
-            return one
     raise AssertionError(reference)
 
 

@@ -189,7 +189,7 @@ async def begin(request: Request) -> Response:
     ]
     base = image = stands_for = None
     if body.from_template:
-        base = await template_of(control, body.from_template)
+        base, _ = await template_of(control, body.from_template)
     elif body.from_image:
         base = _stand_in(body.from_image, request.app.state.images)
         image, stands_for = (body.from_image, None) if base is None else (None, body.from_image)

@@ -40,8 +40,8 @@ class NewSandbox:
     """The request for a new sandbox; None means the default.
 
     `ssh_keys` are ids of the organization's keys, or literal keys. A sandbox from a `snapshot` has
-    the snapshot's template and, by default, its mounts and network rules. One of the platform's own
-    may have a template that others cannot name: what was `chosen`. `expires_in` counts from the
+    the snapshot's template and, by default, its mounts and network rules. What was `chosen` is not
+    looked up again, and may be a template that others cannot name. `expires_in` counts from the
     request, or with `ends_from_start` from when the sandbox runs.
     """
 
