@@ -117,7 +117,7 @@ OPERATION: Edits = {
 }
 USE_OPERATION = """
     from sandyard.server.core import ops
-    from sandyard.server.service.sandboxes.reach import Use
+    from sandyard.server.service.sandboxes.uses import Use
 
     box = await yard.create()
     services = yard.house.control.services

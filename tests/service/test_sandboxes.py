@@ -3,17 +3,18 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests.support.desk import Desk, member_of, open_desk, still, until
 
 from sandyard.server.core.contracts.node import Connection, MachineFact, Phase
-from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.contracts.store import Transaction, Turn
 from sandyard.server.core.egress import NO_RULES, Egress, Injection, Policy
 from sandyard.server.core.errors import (
     AlreadyExistsError,
@@ -339,8 +340,8 @@ async def test_what_is_paused_between_the_look_and_the_opening_is_resumed(
         return True
 
     reach = desk.services.commands._reach
-    note = reach._is_noted
-    monkeypatch.setattr(reach, "_is_noted", pause_once)
+    note = reach._note
+    monkeypatch.setattr(reach, "_note", pause_once)
     assert (await desk.execute(box, "hello")).stdout == b"hello"
     assert desk.node.asked.count("open") == 2
     assert (await desk.get(box)).incarnation == 2
@@ -351,14 +352,14 @@ async def test_a_use_that_is_noted_once_a_pause_has_begun_comes_after_it(
 ) -> None:
     box = await desk.create(idle_timeout=10)
     reach = desk.services.commands._reach
-    note, go_on = reach._is_noted, asyncio.Event()
+    note, go_on = reach._note, asyncio.Event()
 
     async def late(*args: Any, **kwargs: Any) -> bool:
         monkeypatch.undo()
         await go_on.wait()
         return await note(*args, **kwargs)
 
-    monkeypatch.setattr(reach, "_is_noted", late)
+    monkeypatch.setattr(reach, "_note", late)
     using = asyncio.create_task(desk.execute(box, "hello"))
     await desk.drive(14)
     assert (await desk.get(box)).status is Status.PAUSED
@@ -366,6 +367,52 @@ async def test_a_use_that_is_noted_once_a_pause_has_begun_comes_after_it(
     assert (await using).stdout == b"hello"
     since = desk.node.asked[desk.node.asked.index("ensure_paused") :]
     assert since.count("open") == 1, "nothing was tried in a machine about to be saved"
+
+
+async def test_a_command_does_not_wait_for_its_entry_in_the_feed(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await desk.create()
+    before = desk.node.asked.count("open")
+    notes, written = desk.services.commands._reach._notes, 0
+    write, go_on = notes._store.write, asyncio.Event()
+
+    @asynccontextmanager
+    async def late(turn: Turn) -> AsyncIterator[Transaction]:
+        nonlocal written
+        written += 1
+        await go_on.wait()
+        async with write(turn) as tx:
+            yield tx
+
+    monkeypatch.setattr(notes, "_store", SimpleNamespace(write=late))
+    using = [asyncio.create_task(desk.execute(box, "hello")) for _ in range(9)]
+    await until(lambda: returned(desk.node.asked.count("open") - before == 9))
+    go_on.set()
+    assert {(await one).stdout for one in using} == {b"hello"}
+    assert written <= 2  # that of the first, and that of all others
+    lines = [one for one in await desk.feed(box) if one.event_type == "sandbox.exec"]
+    assert len(lines) == 9
+
+
+async def test_a_use_that_cannot_be_recorded_goes_on(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    box = await desk.create()
+
+    @asynccontextmanager
+    async def away(turn: Turn) -> AsyncIterator[Transaction]:
+        raise UnavailableError("the database does not answer")
+        yield
+
+    notes = desk.services.commands._reach._notes
+    monkeypatch.setattr(notes, "_store", SimpleNamespace(write=away))
+    assert (await desk.execute(box, "hello")).stdout == b"hello"
+    assert "uses of sandboxes are not recorded (1): the database does not answer" in caplog.text
+
+
+async def returned(value: bool) -> bool:
+    return value
 
 
 async def test_a_command_under_way_is_told_that_its_sandbox_was_paused(desk: Desk) -> None:

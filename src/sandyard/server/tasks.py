@@ -89,6 +89,19 @@ async def concurrently(work: Coroutine[object, object, _T]) -> AsyncIterator["as
         raise group.exceptions[0] from group
 
 
+@asynccontextmanager
+async def beside(work: Coroutine[object, object, object]) -> AsyncIterator[None]:
+    """Run `work` concurrently with the block, and wait for its end, whatever becomes of the block.
+
+    Its waits need their own limits.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        yield
+    finally:
+        await outcome_of(task)
+
+
 async def attended(
     work: Coroutine[object, object, _T],
     look: Callable[[], Awaitable[object]],

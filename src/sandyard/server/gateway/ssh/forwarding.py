@@ -16,7 +16,7 @@ from sandyard.server.core.wire import printable
 from sandyard.server.front.relay import relay
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.forwards import Forwards
-from sandyard.server.service.sandboxes.reach import Use
+from sandyard.server.service.sandboxes.uses import Use
 from sandyard.server.tasks import concurrently
 
 USE = Use("ssh", "", "log in to", is_in_feed=False)

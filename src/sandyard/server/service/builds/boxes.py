@@ -31,7 +31,7 @@ from sandyard.server.service.builds.steps import Work
 from sandyard.server.service.builds.tools import BuildTools
 from sandyard.server.service.sandboxes.create import NewSandbox
 from sandyard.server.service.sandboxes.processes import Following, Output, Which
-from sandyard.server.service.sandboxes.reach import Use
+from sandyard.server.service.sandboxes.uses import Use
 from sandyard.server.service.templates.templates import Chosen
 from sandyard.server.tasks import to_the_end
 

@@ -36,13 +36,14 @@ from sandyard.server.core.records import (
     Standing,
 )
 from sandyard.server.core.states import Event, Status
-from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
+from sandyard.server.service.reconcile.idle import IDLE, Idleness
 from sandyard.server.service.reconcile.quarantine import Quarantine
 from sandyard.server.service.reconcile.work import LOST
 from sandyard.server.service.roster import Heartbeat
 from sandyard.server.service.sandboxes.enforcing import put_in_force
 from sandyard.server.service.sandboxes.lifecycle import is_over
 from sandyard.server.service.sandboxes.platform import Platform
+from sandyard.server.service.sandboxes.uses import last_used
 from sandyard.server.service.sandboxes.worker import Worker, new_lease
 from sandyard.server.tasks import Crew, Work
 

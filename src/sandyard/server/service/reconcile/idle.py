@@ -5,7 +5,7 @@ sandbox (get, list, stats) is not a use.
 """
 
 import logging
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import MachineFact, NodeTunnel
@@ -15,6 +15,7 @@ from sandyard.server.core.ops import Stats
 from sandyard.server.core.records import Reason, Standing
 from sandyard.server.core.states import Status
 from sandyard.server.service.sandboxes.register import ref_of
+from sandyard.server.service.sandboxes.uses import last_used
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,3 @@ class Idleness:
             )
             return True
         return percent is not None and percent > _BUSY_PERCENT
-
-
-def last_used(sandbox: Standing) -> datetime:
-    """Return when a sandbox was last used or started."""
-    return max(
-        one
-        for one in (sandbox.last_activity_at, sandbox.started_at, sandbox.created_at)
-        if one is not None
-    )

@@ -32,8 +32,8 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.repeats import Repeatable, Repeats
 from sandyard.server.service.sandboxes.interpreters import LANGUAGES, argv_of, request_of
 from sandyard.server.service.sandboxes.processes import Following, NewProcess, Processes, Which
-from sandyard.server.service.sandboxes.reach import Use
 from sandyard.server.service.sandboxes.reports import CodeError, Finished, Report, Reports
+from sandyard.server.service.sandboxes.uses import Use
 from sandyard.server.tasks import concurrently, to_the_end
 
 CODE_MAX = 1024 * 1024

@@ -27,9 +27,10 @@ from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.execute import Command, Commands
 from sandyard.server.service.sandboxes.keysyms import keysym_of, keysyms_of
 from sandyard.server.service.sandboxes.platform import Platform
-from sandyard.server.service.sandboxes.reach import Reach, Use
+from sandyard.server.service.sandboxes.reach import Reach
 from sandyard.server.service.sandboxes.rfb import Screen
 from sandyard.server.service.sandboxes.tickets import Tickets
+from sandyard.server.service.sandboxes.uses import Use
 from sandyard.server.tasks import in_thread
 
 KIND = "desktop"

@@ -20,7 +20,8 @@ from sandyard.server.core.limits import Allotment
 from sandyard.server.core.wire import FRAME_MAX, Channel, WireError, encode_frame
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.fields import checked_env, cwd_of, user_of
-from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Reached, Use, make_folder
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Reached, make_folder
+from sandyard.server.service.sandboxes.uses import Use
 from sandyard.server.tasks import concurrently
 
 OUTPUT_MAX = 16 * 1024 * 1024

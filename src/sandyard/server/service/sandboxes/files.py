@@ -26,7 +26,8 @@ from sandyard.server.core.wire import Channel, Frame, Refusal, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.fields import check_account
 from sandyard.server.service.sandboxes.frames import Open, decoded, frames_of, pass_on
-from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach
+from sandyard.server.service.sandboxes.uses import Use
 from sandyard.server.tasks import concurrently
 
 LIST_MAX = 10_000

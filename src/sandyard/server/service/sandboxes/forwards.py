@@ -13,7 +13,8 @@ from sandyard.server.core.ops import Caller, Dial, Listen, Listening, Take
 from sandyard.server.core.wire import Channel, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.frames import decoded, frames_of
-from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach
+from sandyard.server.service.sandboxes.uses import Use
 
 _PORTS = range(65536)
 _HOST_MAX = 255

@@ -14,8 +14,9 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.platform import Platform
-from sandyard.server.service.sandboxes.reach import Reach, Use
+from sandyard.server.service.sandboxes.reach import Reach
 from sandyard.server.service.sandboxes.tickets import Tickets
+from sandyard.server.service.sandboxes.uses import Use
 
 KIND = "preview"
 QUERY_TOKEN = "rt_token"

@@ -36,7 +36,8 @@ from sandyard.server.service.repeats import Repeatable, Repeats
 from sandyard.server.service.sandboxes.execute import COMMAND_MAX
 from sandyard.server.service.sandboxes.fields import checked_env, cwd_of, user_of
 from sandyard.server.service.sandboxes.frames import Open, decoded, frames_of, pass_on
-from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use, make_folder
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach, make_folder
+from sandyard.server.service.sandboxes.uses import Use
 from sandyard.server.tasks import concurrently
 
 INPUT_MAX = 1024 * 1024

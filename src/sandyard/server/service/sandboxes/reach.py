@@ -7,10 +7,9 @@ operation that counts as a use is open, the node reports it, and the sandbox is 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from dataclasses import dataclass, replace
 from typing import Any, Generic, cast
 
 from typing_extensions import override
@@ -22,33 +21,18 @@ from sandyard.server.core.ops import DEFAULT, AnswerT, Execute, MakeFolder, Oper
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.lifecycle import is_current, refusal
 from sandyard.server.service.sandboxes.pace import FrameRates
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import ref_of
-from sandyard.server.tasks import concurrently, to_the_end
+from sandyard.server.service.sandboxes.uses import Note, Notes, Use, is_fresh, may_be_noted_late
+from sandyard.server.tasks import beside, concurrently, to_the_end
 
 log = logging.getLogger(__name__)
 
 _LONG_S = 2.0
 _LOOK_S = 3.0
-_FRESH = timedelta(seconds=3)
-
-
-@dataclass(frozen=True)
-class Use:
-    """A use of a sandbox: the kind of activity, its title in the feed, the verb for errors, and
-    attributes for the feed (no secrets). With `is_in_feed` it is an entry of the feed; with
-    `is_frequent` it is not recorded again shortly after the last time."""
-
-    kind: str
-    title: str
-    doing: str
-    attributes: Mapping[str, object] = field(default_factory=dict)
-    is_in_feed: bool = True
-    is_frequent: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +86,7 @@ class Reach:
     ) -> None:
         self._pace = FrameRates(platform.clock)
         self._store = platform.store
+        self._notes = Notes(platform.store)
         self._register = platform.register
         self._power = power
         self._templates = platform.templates
@@ -135,9 +120,7 @@ class Reach:
                 asked = await self._completed(sandbox, operation)
                 if asked is not operation:
                     use = _told(use, asked)
-                # First, so that nothing happens that the audit log cannot record, and nothing
-                # happens twice if the caller tries again.
-                if not await self._is_noted(actor, sandbox, use):
+                if not await self._note(Note(actor, sandbox, use, self._clock.now()), held):
                     continue
                 opening = self._tunnel.open(ref_of(sandbox), asked)
                 try:
@@ -220,33 +203,23 @@ class Reach:
         async with self._tunnel.open(ref_of(sandbox), operation) as opened:
             return opened.answer
 
-    async def _is_noted(self, actor: Actor, sandbox: Sandbox, use: Use) -> bool:
-        """Record a use if the sandbox has not changed, and tell whether it was recorded.
+    async def _note(self, note: Note, held: AsyncExitStack) -> bool:
+        """Record a use: before it begins, or while it is in progress if the sandbox cannot be
+        paused as idle until then. False if the sandbox has changed since it was read.
 
         A pause is written the same way, and then checks for a use: whichever comes second sees the
         other.
         """
-        now = self._clock.now()
-        if use.is_frequent and _is_fresh(sandbox, use, now):
+        sandbox, use = note.sandbox, note.use
+        if use.is_frequent and is_fresh(sandbox, use, note.at):
+            return True
+        if may_be_noted_late(sandbox, note.at):
+            await held.enter_async_context(beside(self._notes.write(note)))
             return True
         async with self._store.write(sandbox.org_id) as tx:
             if not await is_current(tx, sandbox):
                 return False
-            await tx.activity.touch(sandbox.id, at=now, kind=use.kind)
-            if use.is_in_feed:
-                await tx.activity.append(
-                    line(
-                        f"sandbox.{use.kind}",
-                        use.title,
-                        org_id=sandbox.org_id,
-                        actor=actor,
-                        resource_id=sandbox.id,
-                        at=now,
-                        status=sandbox.status.value,
-                        sandbox_id=sandbox.id,
-                        attributes=use.attributes,
-                    )
-                )
+            await note.write(tx)
         return True
 
     async def _touch(self, sandbox: Sandbox, use: Use) -> None:
@@ -268,10 +241,3 @@ def _told(use: Use, operation: Any) -> Use:
     """Return a use that also tells the user and the directory of a program."""
     told = {"user": operation.user, "cwd": operation.cwd}
     return replace(use, attributes={**told, **use.attributes})
-
-
-def _is_fresh(sandbox: Sandbox, use: Use, now: datetime) -> bool:
-    """Tell whether this use was recorded so recently that another changes nothing."""
-    last = sandbox.last_activity_at if sandbox.last_activity_kind == use.kind else None
-    is_patient = sandbox.idle_timeout_s == 0 or sandbox.idle_timeout_s > 4 * _FRESH.total_seconds()
-    return last is not None and is_patient and now - last < _FRESH

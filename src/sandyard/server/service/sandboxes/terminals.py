@@ -16,9 +16,9 @@ from sandyard.server.core.ops import Size, Start
 from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.repeats import Repeatable
 from sandyard.server.service.sandboxes.processes import Following, Processes, Which
-from sandyard.server.service.sandboxes.reach import Use
 from sandyard.server.service.sandboxes.register import Register
 from sandyard.server.service.sandboxes.tickets import Tickets
+from sandyard.server.service.sandboxes.uses import Use
 
 KIND = "terminal"
 HANG_UP_S = 600.0
