@@ -14,6 +14,7 @@ from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.links import volumes as volumes_of_images
 from sandyard.server.links.volumes import FolderVolumes, ImageVolumes
+from sandyard.server.node.host.mounts import make_mounts, mounts_of, remove_mounts
 
 QUOTA = 32 * 2**20
 Kind = FolderVolumes | ImageVolumes
@@ -149,6 +150,8 @@ async def test_a_full_disk_of_the_host_costs_what_was_not_synced_and_no_more(
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", small], check=True)
+    # What is unmounted in it is unmounted in the namespaces of other tests as well.
+    subprocess.run(["mount", "--make-shared", small], check=True)
     images, one, held = ImageVolumes(small / "volumes"), new_uuid(), ExitStack()
     try:
         async with images.open(one, 256 * 2**20) as place:
@@ -207,6 +210,24 @@ async def test_a_full_disk_of_the_host_costs_what_was_not_synced_and_no_more(
         held.close()
         await images.close()
         subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.root
+async def test_the_view_of_hypervisors_keeps_no_volume_in_use(
+    images: ImageVolumes, tmp_path: Path
+) -> None:
+    one = new_uuid()
+    async with images.open(one, QUOTA):
+        await make_mounts(tmp_path, tmp_path / "volumes")
+        try:
+            view = f"--mount={mounts_of(tmp_path)}"
+            seen = subprocess.run(
+                ["nsenter", view, "cat", "/proc/self/mounts"], capture_output=True, check=True
+            ).stdout.decode()
+            assert one not in seen
+            assert mounted(tmp_path / "volumes" / one)
+        finally:
+            await remove_mounts(tmp_path)
 
 
 @pytest.mark.root

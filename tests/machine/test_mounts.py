@@ -36,6 +36,8 @@ def yard(hypervisor: dict[str, str]) -> Iterator[RealServer]:
     disk = made.home / "workspaces"  # a disk of their own, to be filled
     disk.mkdir(mode=0o700)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9g,mode=0700", "tmpfs", disk], check=True)
+    # What is unmounted in it is unmounted in the namespaces of other tests as well.
+    subprocess.run(["mount", "--make-shared", disk], check=True)
     try:
         try:
             made.start()

@@ -110,7 +110,7 @@ async def open_node(
             can_share=isinstance(volumes, ImageVolumes),
         )
         try:
-            await make_mounts(settings.home)
+            await make_mounts(settings.home, settings.workspaces_dir)
         except InternalError as error:
             log.warning(
                 "cannot give hypervisors a mount namespace of their own: %s; continuing without it",

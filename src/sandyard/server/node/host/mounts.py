@@ -16,8 +16,11 @@ from sandyard.server.node.commands import run
 _LIMIT_S = 20.0
 _OPEN = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock", "/var/crash")  # noqa: S108
 _SCRIPT = """
-kept=$1
-shift
+kept=$1 workspaces=$2
+shift 2
+# A copy of their mounts would keep them in use where what is unmounted on the host stays mounted
+# elsewhere, as in most containers.
+for one in "$workspaces"/*; do umount -l "$one" 2>/dev/null || true; done
 for folder in "$@"; do
     [ -d "$folder" ] && [ ! -L "$folder" ] || continue
     # Only then: what is mounted here on a disk of its own would keep that busy.
@@ -34,24 +37,25 @@ def mounts_of(home: Path) -> Path:
     return Path("/run/sandyard") / sha256(str(home).encode()).hexdigest()[:12] / "mounts"
 
 
-async def make_mounts(home: Path) -> None:
+async def make_mounts(home: Path, workspaces: Path) -> None:
     """Create the namespace; running machines keep theirs.
 
-    The home stays as it is, even inside a folder that becomes read-only.
+    The home stays as it is, even inside a folder that becomes read-only. The workspaces that are
+    mounted in `workspaces` are not mounted there.
 
     Raises:
         InternalError: the host does not allow it.
     """
     await remove_mounts(home)
     try:
-        await _make(mounts_of(home), home.resolve())
+        await _make(mounts_of(home), home.resolve(), workspaces.resolve())
     except (InternalError, OSError) as error:
         with suppress(InternalError):  # an incomplete view would be mistaken for a complete one
             await remove_mounts(home)
         raise InternalError(f"cannot make a view of the host's files: {error}") from error
 
 
-async def _make(file: Path, home: Path) -> None:
+async def _make(file: Path, home: Path, workspaces: Path) -> None:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # A namespace's file can only be mounted where mounts do not spread.
     await run(["mount", "--bind", file.parent, file.parent], limit_s=_LIMIT_S)
@@ -60,7 +64,7 @@ async def _make(file: Path, home: Path) -> None:
     # What is unmounted on the host is unmounted there: no disk is kept busy.
     await run(
         ["unshare", f"--mount={file}", "--propagation", "slave", "sh", "-ec", _SCRIPT, "sh",
-         home, *_OPEN],
+         home, workspaces, *_OPEN],
         limit_s=_LIMIT_S,
     )  # fmt: skip
 
