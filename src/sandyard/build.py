@@ -2,7 +2,6 @@
 
 import hashlib
 from functools import cache
-from importlib.metadata import version as package_version
 from pathlib import Path
 
 _DIGITS = 8
@@ -15,6 +14,9 @@ def build_version() -> str:
     It is the same wherever the same code is, installed or in a checkout, so that hosts with
     different code can be told apart between releases.
     """
+    # It takes longer to import than this takes to run, and few commands need it.
+    from importlib.metadata import version as package_version
+
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

@@ -145,6 +145,26 @@ def test_to_import_the_package_loads_nothing_of_it() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_command_line_imports_nothing_that_one_command_needs() -> None:
+    unwanted = ("sandyard.client._async", "sandyard.server", "websockets", "importlib.metadata")
+    look = (
+        f"import sandyard.cli.main, sys; print([one for one in {unwanted} if one in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_names_of_the_asynchronous_client_are_found_when_they_are_used() -> None:
+    look = (
+        "import sys, sandyard.client as sdk\n"
+        "assert 'sandyard.client._async' not in sys.modules\n"
+        "assert set(sdk.__all__) <= set(dir(sdk))\n"
+        "assert all(getattr(sdk, one) is getattr(sdk, one) for one in sdk.__all__)\n"
+        "assert not hasattr(sdk, 'AsyncNothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", look], check=True)
+
+
 def test_the_package_offers_all_names_of_its_client() -> None:
     assert {one for one in dir(sandyard) if not one.startswith("__")} == set(sdk.__all__)
     for name in sdk.__all__:

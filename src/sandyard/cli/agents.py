@@ -3,12 +3,9 @@
 import asyncio
 import importlib
 import socket
-from importlib.metadata import version as package_version
 from typing import Annotated, Any
 
 import typer
-
-from sandyard.client import AsyncSandyard
 
 
 def mcp(
@@ -41,6 +38,11 @@ def mcp(
 
 
 async def _serve(module: Any, *, http: bool, host: str, port: int, names: list[str]) -> None:
+    # No other command needs these.
+    from importlib.metadata import version as package_version
+
+    from sandyard.client import AsyncSandyard
+
     async with AsyncSandyard() as yard:
         server = module.make_server(yard, version=package_version("sandyard"))
         if not http:

@@ -9,14 +9,17 @@ import threading
 import tty
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import typer
 
 from sandyard.cli.output import write_raw
 from sandyard.client import Exited, Lost, Printed, Process, Sandyard, SandyardError, TransferError
-from sandyard.client.attach import Attachment
 from sandyard.client.calls import SHELL, milliseconds
 from sandyard.client.options import ProcessOptions
+
+if TYPE_CHECKING:
+    from sandyard.client.attach import Attachment
 
 _READ = 16 * 1024
 CUT = 74  # EX_IOERR of sysexits.h
@@ -39,6 +42,9 @@ def run_attached(
     With `has_terminal` it runs on a terminal of the local one's size, which gets all keys, Ctrl-C
     too. With `has_input` it gets the local standard input.
     """
+    # With its library for WebSockets, which no other command needs.
+    from sandyard.client.attach import Attachment
+
     options = _options(
         has_terminal=has_terminal, has_input=has_input, cwd=cwd, user=user, timeout_s=timeout_s
     )
@@ -175,7 +181,7 @@ def _size() -> os.terminal_size:
         return shutil.get_terminal_size()
 
 
-def _pass_on(attached: Attachment) -> None:
+def _pass_on(attached: "Attachment") -> None:
     """Pass on this command's input, and its end."""
     with suppress(SandyardError):
         try:
@@ -198,7 +204,7 @@ def leave(number: int, _: object) -> None:
 
 
 @contextmanager
-def _passed_on(attached: Attachment, *, has_terminal: bool) -> Iterator[None]:
+def _passed_on(attached: "Attachment", *, has_terminal: bool) -> Iterator[None]:
     """While the block lasts, pass on what happens here: on a terminal every key, as it is, and its
     size; without one Ctrl-C, whose second time ends this command."""
 
@@ -234,12 +240,12 @@ def _passed_on(attached: Attachment, *, has_terminal: bool) -> Iterator[None]:
             signal.signal(one, earlier)
 
 
-def _resize(attached: Attachment) -> None:
+def _resize(attached: "Attachment") -> None:
     size = _size()
     with suppress(SandyardError):
         attached.resize(size.columns, size.lines)
 
 
-def _interrupt(attached: Attachment) -> None:
+def _interrupt(attached: "Attachment") -> None:
     with suppress(SandyardError):
         attached.signal("SIGINT")

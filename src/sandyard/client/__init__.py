@@ -1,12 +1,11 @@
-"""The Python SDK: sandboxes from Python, over httpx alone."""
+"""The Python SDK: sandboxes from Python, over httpx alone.
 
-from sandyard.client._async.client import AsyncSandbox, AsyncSandyard
-from sandyard.client._async.code import AsyncContext, AsyncContexts
-from sandyard.client._async.desktop import AsyncDesktop
-from sandyard.client._async.local import AsyncFiles, AsyncWatch, AsyncWorkspaceFiles
-from sandyard.client._async.network import AsyncNetwork
-from sandyard.client._async.processes import AsyncProcess, AsyncProcesses
-from sandyard.client._async.terminals import AsyncTerminal
+The client for asyncio is imported when one of its names is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from sandyard.client._sync.client import Sandbox, Sandyard
 from sandyard.client._sync.code import Context, Contexts
 from sandyard.client._sync.desktop import Desktop
@@ -152,3 +151,38 @@ __all__ = [
     "WorkspaceEntry",
     "WorkspaceFiles",
 ]
+
+_ASYNC = {
+    "AsyncSandbox": "_async.client",
+    "AsyncSandyard": "_async.client",
+    "AsyncContext": "_async.code",
+    "AsyncContexts": "_async.code",
+    "AsyncDesktop": "_async.desktop",
+    "AsyncFiles": "_async.local",
+    "AsyncWatch": "_async.local",
+    "AsyncWorkspaceFiles": "_async.local",
+    "AsyncNetwork": "_async.network",
+    "AsyncProcess": "_async.processes",
+    "AsyncProcesses": "_async.processes",
+    "AsyncTerminal": "_async.terminals",
+}
+
+if TYPE_CHECKING:
+    from sandyard.client._async.client import AsyncSandbox, AsyncSandyard
+    from sandyard.client._async.code import AsyncContext, AsyncContexts
+    from sandyard.client._async.desktop import AsyncDesktop
+    from sandyard.client._async.local import AsyncFiles, AsyncWatch, AsyncWorkspaceFiles
+    from sandyard.client._async.network import AsyncNetwork
+    from sandyard.client._async.processes import AsyncProcess, AsyncProcesses
+    from sandyard.client._async.terminals import AsyncTerminal
+else:  # a type checker would take any name for one that exists
+
+    def __getattr__(name: str) -> Any:
+        if name not in _ASYNC:
+            raise AttributeError(f"module 'sandyard.client' has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"sandyard.client.{_ASYNC[name]}"), name)
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*__all__, *globals()})
