@@ -39,7 +39,7 @@ from sandyard.server.core.ops import Dial, Execute
 from sandyard.server.core.records import Organization, Project, Sandbox, User
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import Status
-from sandyard.server.drivers.fake import ECHO_PORT, Conduct, FakeDriver, FakeHost
+from sandyard.server.fakes.driver import ECHO_PORT, Conduct, FakeDriver, FakeHost
 from sandyard.server.links.identities import Authority, control_name, node_name
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store

@@ -30,7 +30,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.drivers.background import Background
 from sandyard.server.drivers.contract import ProbeSpec
-from sandyard.server.drivers.fake import FakeDriver
+from sandyard.server.fakes.driver import FakeDriver
 
 
 @pytest.fixture(

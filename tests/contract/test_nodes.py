@@ -61,7 +61,7 @@ from sandyard.server.core.node_ops import (
     Report,
 )
 from sandyard.server.core.shapes import Shape
-from sandyard.server.drivers.fake import ECHO_PORT, Conduct, FakeDriver, FakeHost
+from sandyard.server.fakes.driver import ECHO_PORT, Conduct, FakeDriver, FakeHost
 from sandyard.server.links.identities import control_name, node_name
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.nats import messages

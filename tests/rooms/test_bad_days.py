@@ -15,7 +15,7 @@ from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.ports import free_port
 from tests.support.postgres import postgres_url
 
-from sandyard.server.drivers.fake import FakeMachine
+from sandyard.server.fakes.driver import FakeMachine
 from sandyard.server.node.host.disks import lacks_files
 
 pytestmark = pytest.mark.slow  # they wait as long as a bad day lasts

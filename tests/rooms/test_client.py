@@ -36,7 +36,7 @@ from sandyard.client import (
     UnavailableError,
 )
 from sandyard.server.core.node_ops import Report
-from sandyard.server.drivers.fake import Conduct
+from sandyard.server.fakes.driver import Conduct
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sandyard.server.core.wire import RFB_PORT
-from sandyard.server.drivers.fake import Conduct
+from sandyard.server.fakes.driver import Conduct
 from sandyard.server.service.sandboxes import desktops
 
 WIDTH, HEIGHT = 4, 2

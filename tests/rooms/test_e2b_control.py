@@ -19,8 +19,8 @@ from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import Status
-from sandyard.server.drivers.fake import Conduct
 from sandyard.server.e2b.control.models import state_of
+from sandyard.server.fakes.driver import Conduct
 
 
 @pytest.fixture(params=EACH_STORE)

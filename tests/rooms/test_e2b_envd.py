@@ -17,8 +17,8 @@ import pytest
 from tests.support.e2b import STREAM, Box, create, enveloped, opened
 from tests.support.house import EACH_STORE, Yard, eventually, open_yard, store_section
 
-from sandyard.server.drivers.fake_files import ROOM, FakeFiles
-from sandyard.server.drivers.fake_programs import FakeProgram
+from sandyard.server.fakes.files import ROOM, FakeFiles
+from sandyard.server.fakes.programs import FakeProgram
 
 PROCESS, FILES = "process.Process", "filesystem.Filesystem"
 

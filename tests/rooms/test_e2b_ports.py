@@ -23,8 +23,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sandyard.server.core import ops
 from sandyard.server.core.contracts.store import Turn
-from sandyard.server.drivers.fake import Conduct
 from sandyard.server.e2b import ports as ports_of_e2b
+from sandyard.server.fakes.driver import Conduct
 from sandyard.server.front import ports
 
 DOMAIN = "box.example"

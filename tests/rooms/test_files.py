@@ -15,7 +15,7 @@ from tests.support.house import Yard, eventually, open_yard
 from tests.support.several import open_several
 
 from sandyard.server.core.node_ops import Report
-from sandyard.server.drivers.fake_files import ROOM
+from sandyard.server.fakes.files import ROOM
 from sandyard.server.service.sandboxes import frames
 
 

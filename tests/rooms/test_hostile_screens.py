@@ -16,7 +16,7 @@ from tests.support.door import SOON_S, Door, door
 from tests.support.house import until
 
 from sandyard.server.core.wire import RFB_PORT
-from sandyard.server.drivers.fake import Conduct
+from sandyard.server.fakes.driver import Conduct
 
 PARTS = 4
 CHROMIUM = "/usr/bin/chromium"

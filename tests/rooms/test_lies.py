@@ -7,7 +7,7 @@ import pytest
 from tests.support.house import open_yard
 
 from sandyard.server.core.wire import Channel, encode_frame
-from sandyard.server.drivers.fake import FakeMachine
+from sandyard.server.fakes.driver import FakeMachine
 
 
 def line(**said: object) -> bytes:

@@ -29,7 +29,7 @@ from sandyard.server.core.ops import Op
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Status
 from sandyard.server.drivers.contract import End
-from sandyard.server.drivers.fake import Conduct, FakeHost
+from sandyard.server.fakes.driver import Conduct, FakeHost
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.disks import free_mib, total_memory_mib
 from sandyard.server.node.machines import process

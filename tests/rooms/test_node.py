@@ -54,7 +54,7 @@ from sandyard.server.core.records import VersionAbout
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.wire import Channel, encode_frame
 from sandyard.server.drivers.contract import Place
-from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
+from sandyard.server.fakes.driver import Conduct, FakeDriver, FakeHost, FakeMachine
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.machines.body import Body

@@ -24,7 +24,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from sandyard.server.core.contracts.store import Turn
-from sandyard.server.drivers.fake import Conduct
+from sandyard.server.fakes.driver import Conduct
 from sandyard.server.front import ports, proxy
 from sandyard.server.links.local import SystemClock
 

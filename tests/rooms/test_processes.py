@@ -14,7 +14,7 @@ from tests.support.several import open_several
 
 from sandyard.server.api import events
 from sandyard.server.core.node_ops import Report
-from sandyard.server.drivers.fake_programs import KEPT
+from sandyard.server.fakes.programs import KEPT
 
 
 @pytest.fixture(params=["one", pytest.param("several", marks=pytest.mark.postgres)])

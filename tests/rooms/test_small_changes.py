@@ -103,7 +103,7 @@ OPERATION: Edits = {
             "            case ops.Hello():\n",
         )
     ],
-    f"{SERVER}/drivers/fake.py": [
+    f"{SERVER}/fakes/driver.py": [
         (
             "            case ops.Hello():\n                return",
             "            case ops.Echo():\n                return ops.Greeting(operation.number)\n"

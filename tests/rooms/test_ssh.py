@@ -17,7 +17,7 @@ from sandyard.server.app.installation import ssh_host_key
 from sandyard.server.core import ops
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.records import ActivityQuery
-from sandyard.server.drivers.fake import ECHO_PORT
+from sandyard.server.fakes.driver import ECHO_PORT
 from sandyard.server.gateway.ssh import gateway as ssh_gateway
 from sandyard.server.gateway.ssh.gateway import open_gateway
 from sandyard.server.links.local import SystemClock

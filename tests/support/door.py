@@ -11,7 +11,7 @@ from typing import Any
 from sandyard.server.app.serve import http_server
 from sandyard.server.app.settings import E2bSettings, HttpSettings
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.drivers.fake import Conduct
+from sandyard.server.fakes.driver import Conduct
 from sandyard.server.front.engine import ConnectionLimits
 from tests.support.house import Yard, open_yard, until
 from tests.support.ports import free_port

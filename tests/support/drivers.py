@@ -21,11 +21,11 @@ from sandyard.server.drivers.contract import (
     SavingDriver,
     Verdict,
 )
-from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.firecracker.jail import remove_groups
 from sandyard.server.drivers.kvm import can_open
 from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.drivers.qemu import QemuDriver
+from sandyard.server.fakes.driver import FakeDriver, FakeHost
 from sandyard.server.node.host.disks import Ext4Disks
 from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.host.network import Slots, host_routes, remove_host_rules

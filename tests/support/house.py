@@ -18,7 +18,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, Role, User
-from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
+from sandyard.server.fakes.driver import Conduct, FakeDriver, FakeHost, FakeMachine
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.node import Node
 from sandyard.server.node.owner import Owner

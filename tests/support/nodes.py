@@ -68,7 +68,7 @@ from sandyard.server.core.node_ops import (
 from sandyard.server.core.ops import AnswerT
 from sandyard.server.core.records import Mount
 from sandyard.server.core.shapes import Shape
-from sandyard.server.drivers.fake import ECHO_PORT
+from sandyard.server.fakes.driver import ECHO_PORT
 from sandyard.server.links.nats import messages
 from sandyard.server.node.generation import Generation
 

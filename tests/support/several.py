@@ -25,7 +25,7 @@ from sandyard.server.core.contracts.node import NodeControl, NodeOperation
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import UnavailableError, UnsupportedError
 from sandyard.server.core.node_ops import EnsureGone, Report, WithdrawWorkspace
-from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost
+from sandyard.server.fakes.driver import Conduct, FakeDriver, FakeHost
 from sandyard.server.front.dispatch import Dispatch
 from sandyard.server.links.identities import control_name, node_name
 from sandyard.server.links.local import SystemClock

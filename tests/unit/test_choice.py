@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,8 +13,8 @@ import pytest
 
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.drivers.contract import ProbeSpec, Verdict
-from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.kvm import NO_KVM
+from sandyard.server.fakes.driver import FakeDriver, FakeHost
 from sandyard.server.node.host.choice import Drivers
 from sandyard.server.node.images.image import Image
 
@@ -144,3 +146,9 @@ async def test_verdicts_that_an_earlier_version_kept_are_no_trouble(
     assert drivers.pace == 1
     assert await drivers.choose(image()) is driver
     assert drivers.pace == 2
+
+
+def test_a_server_with_machines_loads_no_fakes() -> None:
+    look = "import sandyard.server.app.serve, sys; print('sandyard.server.fakes' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

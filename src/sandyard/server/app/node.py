@@ -14,7 +14,6 @@ from sandyard.server.drivers.contract import Driver
 from sandyard.server.links.volumes import FolderVolumes, ImageVolumes
 from sandyard.server.node.exports.exports import NfsExports
 from sandyard.server.node.exports.shares import Exports
-from sandyard.server.node.fake import FakeDisks, FakeExports, FakeNetwork, make_fake_image
 from sandyard.server.node.host.admission import Margins
 from sandyard.server.node.host.disks import Disks, Ext4Disks
 from sandyard.server.node.host.mounts import make_mounts
@@ -86,6 +85,8 @@ async def open_node(
     disks: Disks
     exports: Exports
     if settings.node.driver == "fake":
+        from sandyard.server.fakes.node import FakeDisks, FakeExports, FakeNetwork, make_fake_image
+
         network, disks, exports = FakeNetwork(), FakeDisks(), FakeExports(volumes)
         for slug in images.definitions:
             images.use(slug, make_fake_image(images))

@@ -18,7 +18,6 @@ from sandyard.server.core.money import Prices, micros_of
 from sandyard.server.core.plans import Plan
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver
-from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.firecracker import FirecrackerDriver
 from sandyard.server.drivers.firecracker.api import limiter
 from sandyard.server.drivers.kvm import can_open
@@ -112,6 +111,8 @@ def machine_folders(settings: Settings) -> list[Path]:
 def drivers_of(settings: Settings) -> list[Driver]:
     """Return the drivers that the settings allow, best first."""
     if settings.node.driver == "fake":
+        from sandyard.server.fakes.driver import FakeDriver, FakeHost
+
         return [FakeDriver(FakeHost())]
     every = _every_driver(settings)
     return [one for one in every if settings.node.driver in ("auto", one.name)]

@@ -12,7 +12,7 @@ from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.egress import Credentials, Policy
 from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.drivers.contract import Place
-from sandyard.server.drivers.fake import AGENT_SOCKET
+from sandyard.server.fakes.driver import AGENT_SOCKET
 from sandyard.server.node.exports.shares import Exports, Share
 from sandyard.server.node.host.disks import Disks
 from sandyard.server.node.host.network import Network

@@ -38,14 +38,14 @@ from sandyard.server.drivers.contract import (
     SavingMachine,
     Verdict,
 )
-from sandyard.server.drivers.fake_files import (
+from sandyard.server.fakes.files import (
     ROOM,
     FakeFiles,
     RefusedFileError,
     end_frame,
     placed,
 )
-from sandyard.server.drivers.fake_programs import (
+from sandyard.server.fakes.programs import (
     AbsentError,
     ConflictingError,
     FakePrograms,

@@ -1,0 +1,1 @@
+"""Machines that are none, and what a node needs for them: for tests, and for `driver = "fake"`."""
