@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,35 +19,8 @@ from sandyard.server.core.errors import (
     RateLimitedError,
     SandyardError,
 )
+from sandyard.server.front.status import STATUS
 
-STATUS: Mapping[Code, int] = MappingProxyType(
-    {
-        Code.BAD_REQUEST: 400,
-        Code.UNAUTHORIZED: 401,
-        Code.INVALID_TOKEN: 401,
-        Code.TOKEN_EXPIRED: 401,
-        Code.INSUFFICIENT_CREDITS: 402,
-        Code.FORBIDDEN: 403,
-        Code.NOT_FOUND: 404,
-        Code.CONFLICT: 409,
-        Code.WORKSPACE_IN_USE: 409,
-        Code.LIMIT_REACHED: 409,
-        Code.INVALID_STATE: 409,
-        Code.IDEMPOTENCY_KEY_REUSED: 400,
-        Code.PRECONDITION_FAILED: 412,
-        Code.DAMAGED: 409,
-        Code.INCOMPATIBLE: 409,
-        Code.UNSUPPORTED: 400,
-        Code.PAYLOAD_TOO_LARGE: 413,
-        Code.RATE_LIMITED: 429,
-        Code.INTERNAL_ERROR: 500,
-        Code.NOT_IMPLEMENTED: 501,
-        Code.AGENT_ERROR: 502,
-        Code.UNAVAILABLE: 503,
-        Code.NO_CAPACITY: 503,
-        Code.DEADLINE_EXCEEDED: 503,
-    }
-)
 # Codes that clients of the contract do not know are shown as the one they do.
 _SHOWN = {
     Code.UNSUPPORTED: Code.BAD_REQUEST,

@@ -17,7 +17,6 @@ from pydantic_settings import BaseSettings
 from starlette.routing import BaseRoute
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.errors import STATUS
 from sandyard.server.api.http import ROUTES, description
 from sandyard.server.api.routes.common import COMMON
 from sandyard.server.app.settings import Settings
@@ -25,6 +24,7 @@ from sandyard.server.core import errors
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.core.scopes import SCOPES
 from sandyard.server.front.bodies import BODY_MAX
+from sandyard.server.front.status import STATUS
 
 _MADE = "<!-- Made from the code by `python -m sandyard.server.app.reference`; do not edit. -->\n"
 

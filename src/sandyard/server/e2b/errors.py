@@ -28,35 +28,16 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.states import ON_ITS_WAY_UP, Status
 from sandyard.server.core.wire import Refusal
+from sandyard.server.front.status import STATUS
 
 GONE: Final = "The sandbox was not found"
 CLOSED: Final = "The sandbox is running but port is not open"
 """Sentences that clients know."""
 _STATUS: Final = {
-    Code.BAD_REQUEST: 400,
+    **STATUS,
     Code.IDEMPOTENCY_KEY_REUSED: 422,
-    Code.UNAUTHORIZED: 401,
-    Code.INVALID_TOKEN: 401,
-    Code.TOKEN_EXPIRED: 401,
-    Code.FORBIDDEN: 403,
-    Code.NOT_FOUND: 404,
-    Code.CONFLICT: 409,
-    Code.WORKSPACE_IN_USE: 409,
-    Code.PRECONDITION_FAILED: 412,
-    Code.LIMIT_REACHED: 409,
-    Code.INVALID_STATE: 409,
-    Code.INSUFFICIENT_CREDITS: 402,
-    Code.PAYLOAD_TOO_LARGE: 413,
-    Code.RATE_LIMITED: 429,
     Code.DAMAGED: 500,
-    Code.INCOMPATIBLE: 409,
     Code.UNSUPPORTED: 501,
-    Code.NOT_IMPLEMENTED: 501,
-    Code.UNAVAILABLE: 503,
-    Code.NO_CAPACITY: 503,
-    Code.DEADLINE_EXCEEDED: 503,
-    Code.AGENT_ERROR: 502,
-    Code.INTERNAL_ERROR: 500,
 }
 _FIELDS: Final = {
     "template": "templateID",
