@@ -10,7 +10,7 @@ from typing import Any
 
 ROOTS = ("tools.erofs", "root.erofs")
 _TOGETHER = "base.ext4"
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Image:
     @property
     def files(self) -> tuple[Path, ...]:
         """All its files."""
-        return (self.folder / _MANIFEST, self.kernel, self.initrd, *self.roots)
+        return (self.folder / MANIFEST, self.kernel, self.initrd, *self.roots)
 
     @property
     def kernel(self) -> Path:
@@ -72,7 +72,7 @@ def sum_of(path: Path) -> str:
 def altered_in(image: Image) -> list[str]:
     """Return the names of an image's files that are not as they were built; reads all of them.
     Nothing is known of images of earlier versions."""
-    files = [one for one in image.files if one.name != _MANIFEST]
+    files = [one for one in image.files if one.name != MANIFEST]
     return [one.name for one in files if image.sums and image.sums.get(one.name) != sum_of(one)]
 
 
@@ -86,7 +86,7 @@ def write_manifest(
     sums: Mapping[str, str] | None = None,
 ) -> None:
     """Write the manifest that makes a folder an image."""
-    (folder / _MANIFEST).write_text(
+    (folder / MANIFEST).write_text(
         json.dumps(
             {
                 "os": os,
@@ -101,7 +101,7 @@ def write_manifest(
     )
 
 
-IMAGE_FILES = frozenset({_MANIFEST, _TOGETHER, *ROOTS, "vmlinuz", "initrd"})
+IMAGE_FILES = frozenset({MANIFEST, _TOGETHER, *ROOTS, "vmlinuz", "initrd"})
 """The names of all files that images can have."""
 
 
@@ -112,9 +112,14 @@ def _load(path: Path) -> Any:
 def read_image(folder: Path, load: Callable[[Path], Any] = _load) -> Image | None:
     """Return the image in a folder if it exists and is complete. `load` reads its manifest."""
     try:
-        manifest = load(folder / _MANIFEST)
+        manifest = load(folder / MANIFEST)
     except (OSError, ValueError):  # a crash of the host may leave it empty
         return None
+    return image_of(folder, manifest)
+
+
+def image_of(folder: Path, manifest: Mapping[str, Any]) -> Image:
+    """Return the image in a folder, which has this manifest."""
     return Image(
         digest=folder.name,
         folder=folder,

@@ -19,7 +19,7 @@ from typing import Any, Final
 from sandyard.server.core.contracts.node import TemplateFact, TemplateStatus
 from sandyard.server.core.errors import NotFoundError, UnavailableError
 from sandyard.server.node.images.definitions import Definition
-from sandyard.server.node.images.image import Image, read_image
+from sandyard.server.node.images.image import MANIFEST, Image, image_of
 from sandyard.server.node.images.versions import Versions
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,10 @@ class Images:
         self.versions = versions
         self._templates_dir = templates_dir
         self._read: dict[Path, tuple[tuple[int, ...], Any]] = {}
+        self._images: dict[Path, tuple[Any, Image]] = {}
+        self._paths: dict[str, tuple[Path, ...]] = {}
+        self._states: dict[str, Path] = {}
+        self._facts: dict[str, tuple[object, Image, TemplateFact]] = {}
 
     def get(self, slug: str) -> tuple[Definition, Image]:
         """Return a template's definition and its current image.
@@ -93,11 +97,23 @@ class Images:
 
     def find(self, digest: str) -> Image | None:
         """Return the image with this digest if it exists and is complete."""
-        for folder in (self.images_dir, self.versions.images_dir):
-            found = read_image(folder / digest, self._load)
-            if found is not None:
-                return found
+        for path in self._manifests_of(digest):
+            try:
+                manifest = self._load(path)
+            except (OSError, ValueError):  # a crash of the host may leave it empty
+                continue
+            known = self._images.get(path)
+            if known is None or known[0] is not manifest:
+                known = self._images[path] = (manifest, image_of(path.parent, manifest))
+            return known[1]
         return None
+
+    def _manifests_of(self, digest: str) -> tuple[Path, ...]:
+        known = self._paths.get(digest)
+        if known is None:
+            folders = (self.images_dir, self.versions.images_dir)
+            known = self._paths[digest] = tuple(one / digest / MANIFEST for one in folders)
+        return known
 
     def is_current(self, name: str, digest: str) -> bool:
         """Tell whether an image is the current one of a template or version."""
@@ -161,8 +177,21 @@ class Images:
         return tuple(self._fact(definition) for _, definition in sorted(self.definitions.items()))
 
     def _fact(self, definition: Definition) -> TemplateFact:
+        """Return a template's state, the same object as long as nothing changes: each create looks
+        at all of them."""
         state = self._state(definition.slug)
         image = self.find(str(state.get("digest", "")))
+        known = self._facts.get(definition.slug)
+        if known is not None and known[0] is state and known[1] is image:
+            return known[2]
+        fact = self._fact_of(definition, state, image)
+        if image is not None:  # otherwise it depends on whether the process that builds it lives
+            self._facts[definition.slug] = (state, image, fact)
+        return fact
+
+    def _fact_of(
+        self, definition: Definition, state: Mapping[str, object], image: Image | None
+    ) -> TemplateFact:
         error = state.get("error")
         if image is not None:
             status = TemplateStatus.READY
@@ -212,7 +241,10 @@ class Images:
         part.replace(self._path(slug))
 
     def _path(self, slug: str) -> Path:
-        return self._templates_dir / f"{slug}.json"
+        known = self._states.get(slug)
+        if known is None:
+            known = self._states[slug] = self._templates_dir / f"{slug}.json"
+        return known
 
 
 def _copies_in(state: Mapping[str, object]) -> list[str]:
