@@ -50,7 +50,7 @@ class Images:
         self._images: dict[Path, tuple[Any, Image]] = {}
         self._paths: dict[str, tuple[Path, ...]] = {}
         self._states: dict[str, Path] = {}
-        self._facts: dict[str, tuple[object, Image, TemplateFact]] = {}
+        self._facts: dict[str, tuple[tuple[object, ...], TemplateFact]] = {}
 
     def get(self, slug: str) -> tuple[Definition, Image]:
         """Return a template's definition and its current image.
@@ -181,12 +181,15 @@ class Images:
         at all of them."""
         state = self._state(definition.slug)
         image = self.find(str(state.get("digest", "")))
+        sources = (definition, state, image)
         known = self._facts.get(definition.slug)
-        if known is not None and known[0] is state and known[1] is image:
-            return known[2]
-        fact = self._fact_of(definition, state, image)
+        if known is not None and all(
+            one is two for one, two in zip(known[0], sources, strict=True)
+        ):
+            return known[1]
+        fact = self._fact_of(*sources)
         if image is not None:  # otherwise it depends on whether the process that builds it lives
-            self._facts[definition.slug] = (state, image, fact)
+            self._facts[definition.slug] = (sources, fact)
         return fact
 
     def _fact_of(
