@@ -20,7 +20,7 @@ from tests.support.ports import free_port
 from tests.support.routes import compile_once
 from tests.support.server import QEMU, is_slow, keep_a_golden, paced
 
-_PATIENCE = 3000  # looks, ten milliseconds apart
+_PATIENCE, _BRIEFLY = 3000, 50  # looks, ten milliseconds apart
 _BEGAN = time.monotonic()
 _said_by_workers: set[str] = set()
 _USUAL_LIMIT_S = 1200
@@ -167,15 +167,22 @@ def tmp_path() -> Iterator[Path]:
         yield Path(path)
 
 
+def _is_of_machines(request: pytest.FixtureRequest) -> bool:
+    """Tell whether a test is of a tier whose tests share servers."""
+    return request.node.path.parent.name in ("machine", "system")
+
+
 @pytest.fixture
-async def _leaves_no_task() -> AsyncIterator[None]:
+async def _leaves_no_task(request: pytest.FixtureRequest) -> AsyncIterator[None]:
     """Fail a test that leaves a task at work, and let what it closed come to its end."""
     tasks, sockets = asyncio.all_tasks(), open_sockets()
     yield
-    for _ in range(_PATIENCE):
+    # The client of a server that tests share keeps the connection that it has opened meanwhile.
+    looks_at_sockets = _PATIENCE if not _is_of_machines(request) else _BRIEFLY
+    for look in range(_PATIENCE):
         left = {one for one in asyncio.all_tasks() - tasks if not one.done()}
         left.discard(asyncio.current_task())
-        if not left and not open_sockets() - sockets:
+        if not left and (look >= looks_at_sockets or not open_sockets() - sockets):
             return
         await asyncio.sleep(0.01)
     assert not left, f"tasks are still at work: {left}"
@@ -187,7 +194,7 @@ def _leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
     What a whole tier shares is looked after by that tier's own fixture.
     """
-    if request.node.path.parent.name in ("machine", "system"):
+    if _is_of_machines(request):
         yield
         return
     is_root = request.node.get_closest_marker("root") is not None
