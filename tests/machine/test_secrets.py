@@ -39,6 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
             **NO_POOL,
             SANDYARD_NODE__DNS=f'["{RESOLVER}"]',
         )
+        made.share_goldens("base-ubuntu")
         try:
             made.run("template", "build", "base-ubuntu", limit_s=1500)
             made.start()

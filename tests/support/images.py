@@ -3,8 +3,10 @@
 import asyncio
 import fcntl
 import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sandyard.server.app.settings import NodeSettings, Settings
@@ -17,6 +19,33 @@ _NARROW = "glibc.cpu.hwcaps=" + ",".join(f"-{one}" for one in _WIDE)
 # AVX in the first word; AVX2 and what begins with AVX-512 in the second (OPENSSL_ia32cap(3)).
 _NARROW_OPENSSL = "~0x1000000000000000:~0xd0230020"
 _built: dict[Path | None, Image] = {}
+
+
+ADDRESS = "10.213.77.2"
+"""Of the registry that the certificate is for."""
+
+
+def trusted() -> Path:
+    """Return a certificate that all templates of tests trust; its key lies beside it.
+
+    It is always the same one: what is built of it is kept.
+    """
+    folder = CACHE / "trusted"
+    if not folder.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as passing:
+            made = Path(passing) / "made"
+            made.mkdir(mode=0o755)
+            subprocess.run(
+                ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "7300",
+                 "-set_serial", "4711", "-subj", "/CN=Tests of Sandyard",
+                 "-addext", f"subjectAltName=IP:{ADDRESS}", "-keyout", made / "key.pem",
+                 "-out", made / "certificate.pem"],
+                check=True, capture_output=True,
+            )  # fmt: skip
+            with suppress(OSError):  # another process was faster
+                made.rename(folder)
+    return folder / "certificate.pem"
 
 
 @contextmanager
@@ -33,6 +62,7 @@ def cached_settings(home: Path, *, kernel: Path | None = None) -> Settings:
     node = NodeSettings(
         images_dir=CACHE / "images",
         cache_dir=CACHE / "packages",
+        extra_ca=trusted(),
         templates_dir=None if kernel is None else templates_with(kernel),
     )
     return Settings(home=home, node=node)
@@ -67,6 +97,7 @@ def cache_environment() -> dict[str, str]:
     return {
         "SANDYARD_NODE__IMAGES_DIR": str(CACHE / "images"),
         "SANDYARD_NODE__CACHE_DIR": str(CACHE / "packages"),
+        "SANDYARD_NODE__EXTRA_CA": str(trusted()),
     }
 
 

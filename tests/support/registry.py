@@ -9,6 +9,7 @@ and `closed` asks for a password.
 """
 
 import json
+import shutil
 import ssl
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.support.images import ADDRESS, trusted
 from tests.support.lab import ip
 
 NETNS = "syd-test-registry"
-HERE, ADDRESS, PORT = "10.213.77.1", "10.213.77.2", 5000
+HERE, PORT = "10.213.77.1", 5000
 NETWORK = "10.213.77.0/30"
 _BUSY = 3
 USER, PASSWORD = "somebody", "a-password-of-theirs"
@@ -32,9 +34,10 @@ _asked: Counter[str] = Counter()
 
 
 @contextmanager
-def registry(folder: Path) -> Iterator[Path]:
-    """Serve the repositories in a folder, and yield the certificate to trust."""
-    certificate = _certificate(folder)
+def registry(folder: Path) -> Iterator[None]:
+    """Serve the repositories in a folder, with the certificate that templates of tests trust."""
+    for name in ("certificate.pem", "key.pem"):
+        shutil.copy(trusted().with_name(name), folder)
     subprocess.run(["ip", "netns", "del", NETNS], capture_output=True, check=False)
     ip("netns", "add", NETNS)
     process = None
@@ -53,7 +56,7 @@ def registry(folder: Path) -> Iterator[Path]:
         )  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        yield certificate
+        yield
     finally:
         if process is not None:
             process.kill()
@@ -70,16 +73,6 @@ def put(folder: Path, name: str, files: Mapping[str, bytes]) -> str:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data)
     return f"{ADDRESS}:{PORT}/{name}:1"
-
-
-def _certificate(folder: Path) -> Path:
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-         "/CN=registry", "-addext", f"subjectAltName=IP:{ADDRESS}", "-keyout",
-         folder / "key.pem", "-out", folder / "certificate.pem"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return folder / "certificate.pem"
 
 
 class _Registry(BaseHTTPRequestHandler):

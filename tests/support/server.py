@@ -10,23 +10,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+import sandyard.server
 from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.drivers.sparse import copy_sparse
 from sandyard.server.node.host.identity import SLOTS
 from sandyard.server.node.host.mounts import mounts_of
-from tests.support.images import cache_environment, one_at_a_time
+from tests.support.images import CACHE, cache_environment, one_at_a_time
 from tests.support.ports import free_port
 
 QEMU = {"SANDYARD_FIRECRACKER__BINARY": "/not/to/be/used"}
 """Settings that have machines run under QEMU, whatever else would work here."""
 SANDYARD = Path(sys.executable).parent / "sandyard"
+SERVER = Path(sandyard.server.__file__).parent
 
 
 NO_POOL = {"SANDYARD_POOL__FLOOR": "0", "SANDYARD_POOL__CEILING": "0"}
@@ -35,7 +37,8 @@ COLD = {"SANDYARD_NODE__GOLDEN_MACHINES": "false", **NO_POOL}
 """Settings with which every machine boots from cold, slowly enough to be met on its way."""
 _KEY = hashlib.sha256(b"installations of tests that share golden machines").digest()
 _LONGEST_MS = 3_600_000  # that a command may be given
-_USUAL = ("base-minimal", 512)
+_USUAL_MIB = 512
+_GOLDENS_MAX = 24
 _ALL_OF_THEM = "/proc/[0-9]*/cmdline"
 # In the shell alone: under emulation each program that it started would take its time.
 _COMMAND_LINES = (
@@ -58,11 +61,34 @@ def _kept_verdicts() -> Path:
     return Path(_kept().name) / "verdicts.json"
 
 
-def _kept_goldens() -> Path:
-    """Return where golden machines are kept: one is booted for all installations that share."""
-    folder = Path(_kept().name) / "goldens"
-    folder.mkdir(mode=0o700, exist_ok=True)
+def kept_goldens() -> Path:
+    """Return where golden machines are kept: one is booted for all installations that share, in
+    this run and in later ones.
+
+    Their names have a digest of what was booted, and the folder's name one of the code that made
+    them: whatever changes, none of before is used.
+    """
+    folder = CACHE / "goldens" / _digest_of_code()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+@cache
+def _digest_of_code(server: Path = SERVER) -> str:
+    digest = hashlib.sha256()
+    for room in ("core", "drivers", "guest", "node"):
+        for path in sorted((server / room).rglob("*.py")):
+            digest.update(f"{path.relative_to(server)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _about(golden: Path) -> dict[str, Any]:
+    """Return what a golden machine is; nothing if it is damaged, or was removed meanwhile."""
+    try:
+        about: dict[str, Any] = json.loads((golden / "manifest.json").read_text())["about"]
+    except (OSError, ValueError):
+        return {}
+    return about
 
 
 @contextlib.contextmanager
@@ -150,31 +176,44 @@ class RealServer:
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client()
         self.instance: dict[str, object] = {}
-        self._shares_goldens = False
+        self._shared: Collection[str] = ()
 
-    def share_goldens(self) -> None:
-        """Begin with the golden machines of others that shared theirs, and leave its own to them.
+    def share_goldens(self, *templates: str) -> None:
+        """Begin with the golden machines of others that shared theirs, and leave its own to them:
+        of base-minimal, and of these templates.
 
         To be called before the first start: all of them seal what they save with one key.
         """
-        self._shares_goldens = True
+        self._shared = {"base-minimal", *templates}
         key = self.home / "secret.key"
         key.touch(mode=0o600)
         key.write_bytes(_KEY)
-        shutil.copytree(_kept_goldens(), self.home / "goldens", copy_function=_copy)
+        (self.home / "goldens").mkdir(mode=0o700)
+        for golden in kept_goldens().iterdir():
+            if self._is_shared(golden):
+                with contextlib.suppress(OSError):  # it was removed meanwhile; then it is damaged
+                    to = self.home / "goldens" / golden.name
+                    shutil.copytree(golden, to, copy_function=_copy)
+
+    def _is_shared(self, golden: Path) -> bool:
+        about = _about(golden)
+        if golden.name.endswith(".part") or about.get("template") not in self._shared:
+            return False
+        # Of its other shapes tests expect that nothing is ready.
+        return about["template"] != "base-minimal" or bool(about["memory_mib"] == _USUAL_MIB)
 
     def _leave_goldens(self) -> None:
-        for golden in (self.home / "goldens").glob("*"):
-            if golden.name.endswith(".part"):
-                continue
-            try:
-                about = json.loads((golden / "manifest.json").read_text())["about"]
-            except (OSError, ValueError):  # a test has damaged it, and failed
-                continue
-            kept = _kept_goldens() / golden.name
-            # Of other shapes than the usual one tests expect that nothing is ready.
-            if (about["template"], about["memory_mib"]) == _USUAL and not kept.exists():
-                golden.rename(kept)
+        for golden in (self.home / "goldens").iterdir():
+            kept = kept_goldens() / golden.name
+            # One that is there already, and was replaced here, is damaged.
+            if self._is_shared(golden) and _about(golden) != _about(kept):
+                passing = kept.with_name(f"{golden.name}.{self.home.name}.part")
+                shutil.move(golden, passing)
+                shutil.rmtree(kept, ignore_errors=True)
+                with contextlib.suppress(OSError):  # another process was faster
+                    passing.rename(kept)
+                shutil.rmtree(passing, ignore_errors=True)
+        _drop_old_goldens()
 
     def run(
         self, *command: str | Path, check: bool = True, limit_s: float = 300
@@ -426,9 +465,25 @@ class RealServer:
             assert self.leftovers() == {}
         if self.verdicts.exists():
             shutil.copy(self.verdicts, _kept_verdicts())
-        if self._shares_goldens:
+        if self._shared:
             self._leave_goldens()
         shutil.rmtree(self.home)
+
+
+def _drop_old_goldens() -> None:
+    """Keep those of the latest two trees that were tested, of each the latest ones."""
+    for folder in _latest_first(CACHE / "goldens")[2:]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for golden in _latest_first(kept_goldens())[_GOLDENS_MAX:]:
+        shutil.rmtree(golden, ignore_errors=True)
+
+
+def _latest_first(folder: Path) -> list[Path]:
+    changed = {}
+    for one in folder.iterdir():
+        with contextlib.suppress(OSError):  # it was removed meanwhile
+            changed[one] = one.stat().st_mtime
+    return sorted(changed, key=lambda one: changed[one], reverse=True)
 
 
 def keep_a_golden(environment: dict[str, str]) -> None:

@@ -24,7 +24,7 @@ docker run -d --name counter -p 127.0.0.1:8000:80 tiny busybox sh -c \
 @pytest.fixture(scope="module")
 def server() -> Iterator[RealServer]:
     made = RealServer(free_port(), **QEMU, SANDYARD_POOL__FLOOR="1", SANDYARD_POOL__CEILING="1")
-    made.share_goldens()
+    made.share_goldens("docker-ubuntu")
     try:
         made.run("template", "build", "docker-ubuntu", limit_s=BUILD_LIMIT_S)
         made.start()

@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
         SANDYARD_E2B__TLS_KEY=str(made_for.key),
         AUTHORITY=str(made_for.authority),  # for clients: templates must not depend on it
     )  # fmt: skip
-    made.share_goldens()
+    made.share_goldens(*TEMPLATES)
     try:
         for template in TEMPLATES:
             made.run("template", "build", template, limit_s=BUILD_LIMIT_S)

@@ -60,7 +60,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", 5173), Handler).serve_forever()
 @pytest.fixture(scope="module")
 def server() -> Iterator[RealServer]:
     made = RealServer(free_port(), **QEMU, SANDYARD_POOL__FLOOR="1", SANDYARD_POOL__CEILING="1")
-    made.share_goldens()
+    made.share_goldens("desktop-ubuntu")
     try:
         made.run("template", "build", "desktop-ubuntu", limit_s=BUILD_LIMIT_S)
         made.start()

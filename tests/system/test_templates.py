@@ -15,7 +15,7 @@ from typing import Any
 import asyncssh
 import pytest
 from tests.support.folders import files_with
-from tests.support.images import CACHE
+from tests.support.images import ADDRESS, CACHE
 from tests.support.oci import (
     bomb,
     docker_archive,
@@ -30,7 +30,6 @@ from tests.support.oci import (
 )
 from tests.support.ports import free_port
 from tests.support.registry import (
-    ADDRESS,
     NETWORK,
     PASSWORD,
     PORT,
@@ -57,7 +56,7 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def repositories() -> Iterator[Path]:
-    """The folder of a registry's repositories; the registry's certificate is in it."""
+    """The folder of a registry's repositories."""
     with (
         tempfile.TemporaryDirectory(prefix="registry-", dir="/tmp") as folder,
         registry(Path(folder)),
@@ -69,13 +68,11 @@ def repositories() -> Iterator[Path]:
 def server(repositories: Path) -> Iterator[RealServer]:
     made = RealServer(
         free_port(), **QEMU, **NO_POOL,
-        SANDYARD_NODE__EXTRA_CA=str(repositories / "certificate.pem"),
         SANDYARD_NODE__ALLOW=json.dumps([NETWORK]), SANDYARD_BUILDS__DISK_MIB="3072",
     )  # fmt: skip
-    # Its templates trust a certificate of this run alone, so nobody else can use them.
-    made.environment["SANDYARD_NODE__IMAGES_DIR"] = str(made.home / "images")
+    made.share_goldens("builder")
     try:
-        made.run("template", "build", "builder")
+        made.run("template", "build", "builder", limit_s=1200)
         made.start()
         yield made
     finally:

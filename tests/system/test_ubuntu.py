@@ -7,14 +7,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from tests.support.ports import free_port
 from tests.support.server import QEMU, SANDYARD, RealServer, wait_until
 
@@ -38,37 +33,15 @@ with zipfile.ZipFile("/tmp/greeting-1-py3-none-any.whl", "w") as wheel:
 """
 
 
-def certificate() -> bytes:
-    """An authority of the test's own."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Authority of a test")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(4711)
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    return made.public_bytes(serialization.Encoding.PEM)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    authority = tmp_path_factory.mktemp("ca") / "own.pem"
-    authority.write_bytes(certificate())
+def server() -> Iterator[RealServer]:
     made = RealServer(
         free_port(),
         **QEMU,
         SANDYARD_POOL__FLOOR="1",
         SANDYARD_POOL__CEILING="1",
-        SANDYARD_NODE__EXTRA_CA=str(authority),
     )
-    made.environment["SANDYARD_NODE__IMAGES_DIR"] = str(made.home / "images")
+    made.share_goldens("base-ubuntu")
     try:
         made.run("template", "build", "base-ubuntu", limit_s=BUILD_LIMIT_S)
         made.start()
