@@ -37,7 +37,7 @@ COLD = {"SANDYARD_NODE__GOLDEN_MACHINES": "false", **NO_POOL}
 """Settings with which every machine boots from cold, slowly enough to be met on its way."""
 _KEY = hashlib.sha256(b"installations of tests that share golden machines").digest()
 _LONGEST_MS = 3_600_000  # that a command may be given
-_USUAL_MIB = 512
+_USUAL_MIB = (512, 5120)  # memory and disk
 _GOLDENS_MAX = 24
 _ALL_OF_THEM = "/proc/[0-9]*/cmdline"
 # In the shell alone: under emulation each program that it started would take its time.
@@ -200,10 +200,11 @@ class RealServer:
         if golden.name.endswith(".part") or about.get("template") not in self._shared:
             return False
         # Of its other shapes tests expect that nothing is ready.
-        return about["template"] != "base-minimal" or bool(about["memory_mib"] == _USUAL_MIB)
+        shape = (about["memory_mib"], about["disk_mib"])
+        return about["template"] != "base-minimal" or shape == _USUAL_MIB
 
     def _leave_goldens(self) -> None:
-        for golden in (self.home / "goldens").iterdir():
+        for golden in (self.home / "goldens").glob("*"):  # a test may have removed the folder
             kept = kept_goldens() / golden.name
             # One that is there already, and was replaced here, is damaged.
             if self._is_shared(golden) and _about(golden) != _about(kept):

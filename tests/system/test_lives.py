@@ -160,24 +160,29 @@ def test_killed_at_any_moment_of_making_a_golden_there_is_a_whole_one_in_the_end
     assert server.execute(box["id"], "echo fine")["stdout"] == "fine\n"
 
 
+def damage(golden: Path, harm: str) -> None:
+    memory, manifest = golden / "memory", golden / "manifest.json"
+    if harm == "cut":
+        os.truncate(memory, memory.stat().st_size // 2)
+    elif harm == "altered":
+        with memory.open("r+b") as file:
+            file.seek(20_000_000)
+            file.write(b"x" * 4096)
+    else:
+        manifest.write_text(manifest.read_text().replace('"vcpus": 1', '"vcpus": 4'))
+
+
 @pytest.mark.parametrize(
     "harm", ["altered", *(pytest.param(one, marks=pytest.mark.long) for one in ("cut", "manifest"))]
 )
 def test_a_damaged_golden_is_replaced_and_never_served(server: RealServer, harm: str) -> None:
     server.start()
     ready(server)
-    (golden,) = (server.home / "goldens").iterdir()
     boots = server.metric(BOOTS)
     # While the server runs: what was looked at at its start is looked at again at each clone.
-    harmed = golden / ("manifest.json" if harm == "manifest" else "memory")
-    if harm == "cut":
-        os.truncate(harmed, harmed.stat().st_size // 2)
-    elif harm == "altered":
-        with harmed.open("r+b") as file:
-            file.seek(20_000_000)
-            file.write(b"x" * 4096)
-    else:
-        harmed.write_text(harmed.read_text().replace('"vcpus": 1', '"vcpus": 4'))
+    for golden in (server.home / "goldens").iterdir():
+        damage(golden, harm)
+    if harm == "manifest":
         server.stop()
         server.start()
         boots = 0

@@ -16,9 +16,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def put(folder: Path, name: str, template: str, memory_mib: int = 512, token: str = "1") -> None:
+def put(
+    folder: Path, name: str, template: str, memory_mib: int = 512, token: str = "1",
+    disk_mib: int = 5120,
+) -> None:  # fmt: skip
     (folder / name).mkdir(parents=True)
-    about = {"template": template, "memory_mib": memory_mib, "token": token}
+    about = {
+        "template": template, "memory_mib": memory_mib, "disk_mib": disk_mib, "token": token,
+    }  # fmt: skip
     (folder / name / "manifest.json").write_text(json.dumps({"about": about}))
     (folder / name / "memory").write_bytes(b"memory")
 
@@ -36,6 +41,7 @@ def names(folder: Path) -> set[str]:
 def test_an_installation_begins_with_those_of_its_templates() -> None:
     put(kept_goldens(), "a", "base-minimal")
     put(kept_goldens(), "b", "base-minimal", 1024)
+    put(kept_goldens(), "of another disk", "base-minimal", disk_mib=1024)
     put(kept_goldens(), "c", "base-ubuntu", 4096)
     put(kept_goldens(), "d.part", "base-ubuntu", 4096)
     (kept_goldens() / "e").mkdir()  # it is being removed
