@@ -364,7 +364,7 @@ def test_text_is_told_whole_however_it_is_cut(text: str, cuts: list[int]) -> Non
         at += size
     heard.feed(Printed("stdout", data[at:]))
     heard.feed(Exited(0, None, False))
-    heard.told.call()
+    heard.callbacks.call()
     assert "".join(told) == data.decode()
     assert heard.result().stdout_bytes == data
 
@@ -629,12 +629,12 @@ def test_what_a_callback_raises_is_not_taken_for_an_error_of_the_server() -> Non
     ):
         made.feed(event_)
         with pytest.raises(ValueError, match="mine"):
-            made.told.call()
+            made.callbacks.call()
     for name, data in (("stdout", {"text": "x"}), ("result", {"text": "1", "isMain": True})):
         run = contexts.Running(fails, fails, fails)
         fed(run, *event(name, data))
         with pytest.raises(ValueError, match="mine"):
-            run.told.call()
+            run.callbacks.call()
 
     async def waits(_: object) -> None:
         raise AssertionError
@@ -642,7 +642,7 @@ def test_what_a_callback_raises_is_not_taken_for_an_error_of_the_server() -> Non
     run = contexts.Running(waits, None, None)
     fed(run, *event("stdout", {"text": "x"}))
     with pytest.raises(TypeError, match="AsyncSandbox"):
-        run.told.call()
+        run.callbacks.call()
 
 
 def test_links_stay_links_and_nothing_is_written_through_them(tmp_path: Path) -> None:
@@ -757,7 +757,7 @@ def test_what_code_reports_is_collected() -> None:
         *event("error", {"name": "E", "value": "v", "traceback": "t"}),
     ]  # fmt: skip
     fed(run, *lines)
-    run.told.call()
+    run.callbacks.call()
     assert not run.is_over
     fed(run, *event("end", {}))
     done = run.result()

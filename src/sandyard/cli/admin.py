@@ -93,9 +93,9 @@ def grant(
             organization, cents, description=description, reference_id=reference
         )
     )
-    said = "granted" if cents > 0 else "taken away"
-    said = said if is_new else f"done before: {said}"
-    out.print(f"{said} {_money(abs(cents))}; balance {_money(entry.balance_after_cents)}")
+    outcome = "granted" if cents > 0 else "taken away"
+    outcome = outcome if is_new else f"done before: {outcome}"
+    out.print(f"{outcome} {_money(abs(cents))}; balance {_money(entry.balance_after_cents)}")
 
 
 @app.command()

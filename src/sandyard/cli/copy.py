@@ -27,7 +27,7 @@ from sandyard.client import (
     WorkspaceFiles,
     archives,
 )
-from sandyard.client.archives import Progress as Told
+from sandyard.client.archives import Progress as OnProgress
 from sandyard.client.calls import milliseconds
 
 _LANGUAGES = {".py": "python3", ".js": "node", ".mjs": "node", ".sh": "bash"}
@@ -54,7 +54,7 @@ def copy(
         raise typer.BadParameter(
             "one of the two is SANDBOX:PATH or @WORKSPACE:PATH, the other a path here"
         )
-    with open_client() as client, _progress(source) as told:
+    with open_client() as client, _progress(source) as progress:
         if there is not None:
             reference, path = there
             local = Path(source)
@@ -65,13 +65,13 @@ def copy(
             is_name = local.name not in ("", "..")
             name = "" if is_contents else local.name if is_name else local.resolve().name
             if reference.startswith(_AT):
-                _put(client.workspace_files(reference[1:]), local, name, path, told)
+                _put(client.workspace_files(reference[1:]), local, name, path, progress)
                 return
             files = client.files(reference, user=user)
             with suppress(ApiError):
                 if name and (path.endswith("/") or files.info(path).is_folder):
                     path = f"{path.rstrip('/')}/{name}"
-            files.upload(local, path, on_progress=told)
+            files.upload(local, path, on_progress=progress)
         else:
             assert here is not None
             reference, path = here
@@ -83,9 +83,9 @@ def copy(
                 to = to / name
                 to.parent.mkdir(parents=True, exist_ok=True)
             if reference.startswith(_AT):
-                client.workspace_files(reference[1:]).download(path, to, on_progress=told)
+                client.workspace_files(reference[1:]).download(path, to, on_progress=progress)
             else:
-                left = client.files(reference, user=user).download(path, to, on_progress=told)
+                left = client.files(reference, user=user).download(path, to, on_progress=progress)
                 _tell_of(left)
 
 
@@ -116,7 +116,7 @@ def _tell_of(links: Sequence[OutsideLink]) -> None:
         typer.echo(f"note: so do {len(links) - _SHOWN_MAX} other links", err=True)
 
 
-def _put(files: WorkspaceFiles, local: Path, name: str, path: str, told: Told) -> None:
+def _put(files: WorkspaceFiles, local: Path, name: str, path: str, progress: OnProgress) -> None:
     """Copy a file or folder into a workspace; what goes to a folder that is there, goes into it."""
     try:
         found = files.list(path)
@@ -125,7 +125,7 @@ def _put(files: WorkspaceFiles, local: Path, name: str, path: str, told: Told) -
         is_file = [one.path.split("/")[1:] for one in found] == [names]
     except NotFoundError:
         is_file = not path.endswith("/")
-    files.upload(local, path if is_file else f"{path.rstrip('/')}/{name}", on_progress=told)
+    files.upload(local, path if is_file else f"{path.rstrip('/')}/{name}", on_progress=progress)
 
 
 def _remote(text: str) -> tuple[str, str] | None:
@@ -139,7 +139,7 @@ def _remote(text: str) -> tuple[str, str] | None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Told]:
+def _progress(what: str) -> Iterator[OnProgress]:
     """Show on a terminal how much has gone by."""
     if not sys.stderr.isatty():
         yield lambda count: None

@@ -99,8 +99,8 @@ def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Print JSON: one object, or a list of them."""
     with _until_seen_enough():
         is_for_people = sys.stdout.isatty()
-        said = json.dumps(value, indent=2, ensure_ascii=not is_for_people)
-        typer.echo("".join(_escaped(one) for one in said) if is_for_people else said)
+        text = json.dumps(value, indent=2, ensure_ascii=not is_for_people)
+        typer.echo("".join(_escaped(one) for one in text) if is_for_people else text)
 
 
 def _escaped(character: str) -> str:
@@ -133,10 +133,10 @@ def for_each(
     try:
         for reference in references:
             try:
-                said = work(reference)
+                text = work(reference)
                 results.append({"reference": reference, "ok": True})
                 if not as_json:
-                    typer.echo(plain(said))
+                    typer.echo(plain(text))
             except ApiError as error:
                 results.append({"reference": reference, "ok": False, "error": _fields_of(error)})
                 if not as_json:

@@ -96,11 +96,11 @@ def _option(option: Any) -> str:
 
 
 def _cell(option: Any) -> str:
-    told = option.help or ""
+    text = option.help or ""
     if option.default not in (None, False, [], ()) and not callable(option.default):
         shown = f"{option.default:g}" if isinstance(option.default, float) else option.default
-        told += f" Default: {shown}."
-    return told
+        text += f" Default: {shown}."
+    return text
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ def _show_one(sandbox: Sandbox, *, as_json: bool, whole: bool = False) -> None:
         show_records(*_fields(sandbox))
         return
     _show([sandbox])
-    if said := _why(sandbox):
-        typer.echo(f"it is {sandbox.status}: {said}", err=True)
+    if reason := _why(sandbox):
+        typer.echo(f"it is {sandbox.status}: {reason}", err=True)
 
 
 def _fields(sandbox: Sandbox) -> tuple[list[str], list[list[str]]]:
@@ -545,8 +545,8 @@ def resume(references: References, as_json: Json = False) -> None:
     with open_client() as client:
 
         def resume_one(reference: str) -> str:
-            said = _why(client.resume(reference))
-            return f"resumed {reference}{f' ({said})' if said else ''}"
+            reason = _why(client.resume(reference))
+            return f"resumed {reference}{f' ({reason})' if reason else ''}"
 
         for_each(references, resume_one, as_json=as_json)
 
@@ -582,8 +582,8 @@ def logs(
             show_output(client.processes(reference).get(process), follow=follow, raw=raw)
         elif follow:
             _follow_console(client, reference, raw=raw)
-        elif said := _console(client, reference):
-            _print_console(f"{said}\n", raw=raw)
+        elif console := _console(client, reference):
+            _print_console(f"{console}\n", raw=raw)
         else:
             typer.echo(
                 "nothing was printed on its console since it was started or copied", err=True

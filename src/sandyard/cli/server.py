@@ -217,10 +217,10 @@ def firecracker(
 ) -> None:
     """Install Firecracker's official release if this host can use it. Otherwise QEMU is used."""
     settings = server_settings()
-    said = asyncio.run(
+    summary = asyncio.run(
         server_module("wiring").set_up_firecracker(settings, force=force, progress=typer.echo)
     )
-    typer.echo(said)
+    typer.echo(summary)
 
 
 def build_shipped(slugs: list[str], *, again: bool) -> None:

@@ -186,22 +186,22 @@ class Attachment:
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ConnectionFailedError("what the server sends makes no sense") from error
 
-    def _event_of(self, said: dict[str, Any]) -> ProcessEvent | None:
-        match said["type"]:
+    def _event_of(self, message: dict[str, Any]) -> ProcessEvent | None:
+        match message["type"]:
             case "attached":
-                self._offset = said["offset"]
-                return Lost(said["lost"]) if said["lost"] else None
+                self._offset = message["offset"]
+                return Lost(message["lost"]) if message["lost"] else None
             case "taken":
-                self._taken = said["bytes"]
+                self._taken = message["bytes"]
                 self._has_news.set()
                 return None
             case "exit":
                 self._has_exited = True
-                return Exited(said["exitCode"], said["signal"], said["timedOut"])
+                return Exited(message["exitCode"], message["signal"], message["timedOut"])
             case "error":
                 raise error_of(
-                    said["message"], status=0, code=said["code"], request_id="",
-                    details=said.get("details"),
+                    message["message"], status=0, code=message["code"], request_id="",
+                    details=message.get("details"),
                 )  # fmt: skip
             case _:
                 return None

@@ -55,7 +55,7 @@ EXEC_S = 30.0
 MARGIN_S = 90.0
 TRANSFER_S = 600.0
 WORK_S = 3700.0  # a server gives an hour to what copies, moves or removes
-SAID_MAX = 16 * 1024 * 1024
+OUTPUT_MAX = 16 * 1024 * 1024
 COMMAND_MAX = 1024 * 1024
 _ONE_REQUEST_S, _ONE_REQUEST_STDIN = 3600.0, 16 * 1024 * 1024
 INPUT_PIECE = 8 * 1024 * 1024
@@ -118,13 +118,13 @@ class Retries:
 def refusal_of(status: int, body: bytes, parsed: Callable[[bytes], Any]) -> ApiError:
     """Return the error that an answer means."""
     try:
-        said = parsed(body)["error"]
+        error = parsed(body)["error"]
         return error_of(
-            str(said["message"]),
+            str(error["message"]),
             status=status,
-            code=str(said["code"]),
-            request_id=str(said.get("requestId", "")),
-            details=said.get("details"),
+            code=str(error["code"]),
+            request_id=str(error.get("requestId", "")),
+            details=error.get("details"),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # Not ours: a proxy in between, say.
@@ -313,8 +313,8 @@ def checked(result: ExecResult, command: str | Sequence[str], *, check: bool) ->
         CommandFailedError: it was to be checked, and did not end well.
     """
     if check and result.exit_code != 0:
-        said = (result.stderr or result.stdout).strip()[-500:]
-        why = "it took too long" if result.timed_out else said or "it said nothing"
+        printed = (result.stderr or result.stdout).strip()[-500:]
+        why = "it took too long" if result.timed_out else printed or "it printed nothing"
         shown = command if isinstance(command, str) else shlex.join(command)
         raise CommandFailedError(
             f"{shown[:200]!r} ended with {result.exit_code}: {why}", exit_code=result.exit_code
@@ -337,9 +337,9 @@ class Callbacks:
     def waiting(self) -> Iterator[Awaitable[object]]:
         """Call the functions, and yield what coroutine functions return, to be awaited."""
         while self._due:
-            said = self._due.popleft()()
-            if inspect.isawaitable(said):
-                yield said
+            result = self._due.popleft()()
+            if inspect.isawaitable(result):
+                yield result
 
     def call(self) -> None:
         """Call the functions.
@@ -359,12 +359,12 @@ class Heard:
     def __init__(
         self, on_stdout: Callable[[str], object] | None, on_stderr: Callable[[str], object] | None
     ) -> None:
-        self.told = Callbacks()
+        self.callbacks = Callbacks()
         self._tell = {"stdout": on_stdout, "stderr": on_stderr}
         self._decoders = {
             name: codecs.getincrementaldecoder("utf-8")("replace") for name in self._tell
         }
-        self._said: dict[str, bytearray] = {name: bytearray() for name in self._tell}
+        self._output: dict[str, bytearray] = {name: bytearray() for name in self._tell}
         self._began = time.monotonic()
         self._end: Exited | None = None
         self._is_cut = False
@@ -373,9 +373,9 @@ class Heard:
         """Take an event of the command."""
         match event:
             case Printed(stream=stream, data=data):
-                said = self._said[stream]
-                self._is_cut = self._is_cut or len(said) + len(data) > SAID_MAX
-                said += data[: SAID_MAX - len(said)]
+                output = self._output[stream]
+                self._is_cut = self._is_cut or len(output) + len(data) > OUTPUT_MAX
+                output += data[: OUTPUT_MAX - len(output)]
                 self._pass_on(data, stream)
             case Lost():
                 self._is_cut = True
@@ -389,14 +389,14 @@ class Heard:
         whole."""
         tell = self._tell.get(stream)
         if tell is not None and (text := self._decoders[stream].decode(data, final=is_last)):
-            self.told.tell(tell, text)
+            self.callbacks.tell(tell, text)
 
     def result(self) -> ExecResult:
         """Return how it ended."""
         end = self._end or Exited(1, None, timed_out=False)
         return ExecResult(
-            stdout_bytes=bytes(self._said["stdout"]),
-            stderr_bytes=bytes(self._said["stderr"]),
+            stdout_bytes=bytes(self._output["stdout"]),
+            stderr_bytes=bytes(self._output["stderr"]),
             exit_code=end.exit_code,
             duration_ms=round((time.monotonic() - self._began) * 1000),
             timed_out=end.timed_out,

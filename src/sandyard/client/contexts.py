@@ -11,7 +11,7 @@ from sandyard.client.errors import NotFoundError
 from sandyard.client.models import CodeError, CodeResult, RemotePath, Result
 from sandyard.client.streams import EVENTS_S, Followed
 
-Told = Callable[[str], object]
+OnText = Callable[[str], object]
 Shown = Callable[[Result], object]
 _NAMES = {"javascript": "node", "js": "node", "sh": "bash", "py": "python"}
 _PICTURES = ("png", "jpeg", "pdf")
@@ -31,14 +31,14 @@ class Running(Followed[None]):
     """What a piece of code reports, collected."""
 
     def __init__(
-        self, on_stdout: Told | None, on_stderr: Told | None, on_result: Shown | None
+        self, on_stdout: OnText | None, on_stderr: OnText | None, on_result: Shown | None
     ) -> None:
         super().__init__("", {})
-        self.told = calls.Callbacks()
+        self.callbacks = calls.Callbacks()
         self._on_text = {"stdout": on_stdout, "stderr": on_stderr}
         self._on_result = on_result
-        self._said: dict[str, list[str]] = {"stdout": [], "stderr": []}
-        self._room = dict.fromkeys(self._said, calls.SAID_MAX)
+        self._output: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._room = dict.fromkeys(self._output, calls.OUTPUT_MAX)
         self._results: list[Result] = []
         self._error: CodeError | None = None
         self._is_cut = False
@@ -51,14 +51,14 @@ class Running(Followed[None]):
             case "stdout" | "stderr":
                 text = str(data["text"])
                 self._is_cut = self._is_cut or len(text) > self._room[name]
-                self._said[name].append(text[: self._room[name]])
+                self._output[name].append(text[: self._room[name]])
                 self._room[name] -= min(len(text), self._room[name])
-                self.told.tell(self._on_text[name], text)
+                self.callbacks.tell(self._on_text[name], text)
             case "result":
                 result = _result_of(data)
                 self._is_cut = self._is_cut or result.truncated
                 self._results.append(result)
-                self.told.tell(self._on_result, result)
+                self.callbacks.tell(self._on_result, result)
             case "error":
                 self._error = CodeError(
                     str(data["name"]), str(data["value"]), str(data["traceback"])
@@ -72,8 +72,8 @@ class Running(Followed[None]):
         """Return all of it."""
         main = [one.text for one in self._results if one.is_main]
         return CodeResult(
-            "".join(self._said["stdout"]),
-            "".join(self._said["stderr"]),
+            "".join(self._output["stdout"]),
+            "".join(self._output["stderr"]),
             main[-1] if main else None,
             self._error,
             truncated=self._is_cut,

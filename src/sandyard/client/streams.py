@@ -186,5 +186,5 @@ class Statuses(Followed[Mapping[str, Any]]):
         if name != "status":
             return None
         self.is_over = data["status"] == "destroyed"
-        told: Mapping[str, Any] = data
-        return told
+        values: Mapping[str, Any] = data
+        return values

@@ -155,9 +155,9 @@ class FileCalls:
 def _all_done(answer: Any) -> None:
     for one in answer["data"]["results"]:
         if not one["ok"]:
-            told = one["error"]
+            failure = one["error"]
             raise ApiError(
-                told["message"], status=200, code=told["code"],
+                failure["message"], status=200, code=failure["code"],
                 request_id=answer["meta"]["requestId"], details={"id": one["id"]},
             )  # fmt: skip
 

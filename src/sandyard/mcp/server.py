@@ -686,8 +686,8 @@ def guarded(app: ASGIApp, key: str) -> ASGIApp:
         if scope["type"] == "http":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {key}".encode()):
-                said = {"error": "show the API key: Authorization: Bearer <key>"}
-                refused = JSONResponse(said, 401, {"WWW-Authenticate": "Bearer"})
+                body = {"error": "show the API key: Authorization: Bearer <key>"}
+                refused = JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
                 await refused(scope, receive, send)
                 return
         await app(scope, receive, send)
@@ -711,10 +711,10 @@ def _plain_errors(tool: Callable[_P, Awaitable[_T]]) -> Callable[_P, Awaitable[_
     """Have what the SDK raises reach the model as a sentence."""
 
     @functools.wraps(tool)
-    async def told(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+    async def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Any:
         try:
             return await tool(*args, **kwargs)
         except SandyardError as error:
             raise ToolError(str(error)) from error
 
-    return told
+    return wrapped

@@ -17,7 +17,7 @@ from sandyard.client._async.local import AsyncFiles
 from sandyard.client._async.network import AsyncFormerNames, AsyncNetwork
 from sandyard.client._async.processes import AsyncProcess, AsyncProcesses
 from sandyard.client._async.terminals import AsyncTerminal
-from sandyard.client.contexts import Shown, Told, is_absent, name_of
+from sandyard.client.contexts import OnText, Shown, is_absent, name_of
 from sandyard.client.errors import NotFoundError, NotReadyError, SandyardError, StillStartingError
 from sandyard.client.models import (
     CodeResult,
@@ -392,11 +392,11 @@ class AsyncSandbox(SandboxFacts, AsyncFormerNames):
         until = time.monotonic() + limit_s
         while self.status != "running":
             why = str((self.raw.get("statusReason") or {}).get("message", ""))
-            said = f"the sandbox {self.id} is {self.status}{why and f': {why}'}"
+            message = f"the sandbox {self.id} is {self.status}{why and f': {why}'}"
             if self.status in BROKEN:
-                raise NotReadyError(said)
+                raise NotReadyError(message)
             if time.monotonic() >= until:
-                raise StillStartingError(said)
+                raise StillStartingError(message)
             await sleep(0.1)
             await self.refresh()
         return self
@@ -414,8 +414,8 @@ class AsyncSandbox(SandboxFacts, AsyncFormerNames):
         stdin: str | bytes | None = None,
         user: str | int | None = None,
         check: bool = False,
-        on_stdout: Told | None = None,
-        on_stderr: Told | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
     ) -> ExecResult: ...
 
     @overload
@@ -439,8 +439,8 @@ class AsyncSandbox(SandboxFacts, AsyncFormerNames):
         stdin: str | bytes | None = None,
         user: str | int | None = None,
         check: bool = False,
-        on_stdout: Told | None = None,
-        on_stderr: Told | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
     ) -> ExecResult | AsyncProcess:
         """Run a command and return its result. A string is a shell command line, a sequence is a
         program and its arguments.
@@ -492,7 +492,7 @@ class AsyncSandbox(SandboxFacts, AsyncFormerNames):
         async with aclosing(events):
             async for event in events:
                 heard.feed(event)
-                await call_back(heard.told)
+                await call_back(heard.callbacks)
         return calls.checked(heard.result(), command, check=check)
 
     async def run(
@@ -546,8 +546,8 @@ class AsyncSandbox(SandboxFacts, AsyncFormerNames):
         context: AsyncContext | str | None = None,
         timeout_s: float = 60.0,
         stdin: str = "",
-        on_stdout: Told | None = None,
-        on_stderr: Told | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
         on_result: Shown | None = None,
     ) -> CodeResult:
         """Run Python, JavaScript (`node`) or shell (`bash`) code in a persistent interpreter: later

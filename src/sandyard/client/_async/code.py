@@ -7,7 +7,7 @@ from typing import Any
 from sandyard.client import calls, contexts
 from sandyard.client._async.concurrency import call_back
 from sandyard.client._async.transport import AsyncTransport
-from sandyard.client.contexts import Shown, Told
+from sandyard.client.contexts import OnText, Shown
 from sandyard.client.errors import ConnectionFailedError
 from sandyard.client.models import CodeResult, RemotePath
 
@@ -36,8 +36,8 @@ class AsyncContext:
         *,
         timeout_s: float = 60.0,
         stdin: str = "",
-        on_stdout: Told | None = None,
-        on_stderr: Told | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
         on_result: Shown | None = None,
     ) -> CodeResult:
         """Run code and return its output, results and exception. Of several pieces of code, one
@@ -52,7 +52,7 @@ class AsyncContext:
         async with self._transport.stream(call) as answer:
             async for line in answer.aiter_lines():
                 running.feed(line)
-                await call_back(running.told)
+                await call_back(running.callbacks)
                 if running.is_over:
                     return running.result()
         raise ConnectionFailedError("the server broke off before the end of the code")

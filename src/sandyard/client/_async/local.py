@@ -39,7 +39,7 @@ class AsyncFiles(AsyncRemoteFiles):
             OSError: it cannot be read locally.
         """
         await self._in_thread(
-            lambda files, told: files.upload(local, path, on_progress=told), on_progress
+            lambda files, progress: files.upload(local, path, on_progress=progress), on_progress
         )
 
     async def download(
@@ -58,7 +58,7 @@ class AsyncFiles(AsyncRemoteFiles):
             OSError: it cannot be written locally.
         """
         return await self._in_thread(
-            lambda files, told: files.download(path, local, on_progress=told), on_progress
+            lambda files, progress: files.download(path, local, on_progress=progress), on_progress
         )
 
     async def on_change(
@@ -85,7 +85,7 @@ class AsyncFiles(AsyncRemoteFiles):
     ) -> T:
         return await in_own_thread(
             self._transport,
-            lambda own, told: work(Files(own, self._sandbox_path, self._user), told),
+            lambda own, progress: work(Files(own, self._sandbox_path, self._user), progress),
             on_progress,
         )
 
@@ -113,7 +113,7 @@ class AsyncWorkspaceFiles(AsyncRemoteWorkspaceFiles):
             OSError: it cannot be read locally.
         """
         await self._in_thread(
-            lambda files, told: files.upload(local, path, on_progress=told), on_progress
+            lambda files, progress: files.upload(local, path, on_progress=progress), on_progress
         )
 
     async def download(
@@ -131,7 +131,7 @@ class AsyncWorkspaceFiles(AsyncRemoteWorkspaceFiles):
             OSError: it cannot be written locally.
         """
         await self._in_thread(
-            lambda files, told: files.download(path, local, on_progress=told), on_progress
+            lambda files, progress: files.download(path, local, on_progress=progress), on_progress
         )
 
     async def _in_thread(
@@ -139,7 +139,7 @@ class AsyncWorkspaceFiles(AsyncRemoteWorkspaceFiles):
     ) -> T:
         return await in_own_thread(
             self._transport,
-            lambda own, told: work(WorkspaceFiles(own, self._reference), told),
+            lambda own, progress: work(WorkspaceFiles(own, self._reference), progress),
             on_progress,
         )
 
@@ -179,9 +179,9 @@ class AsyncWatch:
     ) -> None:
         try:
             async for change in transport.follow(watching):
-                said = callback(change)
-                if inspect.isawaitable(said):
-                    await said
+                result = callback(change)
+                if inspect.isawaitable(result):
+                    await result
         except Exception as error:  # noqa: BLE001 - kept in `error` for the caller
             self.error = error
         finally:
@@ -200,7 +200,7 @@ async def in_own_thread(
     """
     is_over = threading.Event()
 
-    def told(count: int) -> None:
+    def progress(count: int) -> None:
         if is_over.is_set():
             raise TransferError("the copy was cancelled")
         if on_progress is not None:
@@ -208,7 +208,7 @@ async def in_own_thread(
 
     def do() -> T:
         with Transport(transport.config, retries=transport.retries) as own:
-            return work(own, told)
+            return work(own, progress)
 
     try:
         return await asyncio.to_thread(do)

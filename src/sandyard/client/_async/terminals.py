@@ -48,9 +48,9 @@ class AsyncTerminal:
         async for event in self.process.events():
             match event:
                 case Printed(data=data):
-                    said = on_output(data)
-                    if inspect.isawaitable(said):
-                        await said
+                    result = on_output(data)
+                    if inspect.isawaitable(result):
+                        await result
                 case Exited():
                     exited = event
                 case _:

@@ -18,7 +18,7 @@ from sandyard.client._sync.local import Files
 from sandyard.client._sync.network import FormerNames, Network
 from sandyard.client._sync.processes import Process, Processes
 from sandyard.client._sync.terminals import Terminal
-from sandyard.client.contexts import Shown, Told, is_absent, name_of
+from sandyard.client.contexts import OnText, Shown, is_absent, name_of
 from sandyard.client.errors import NotFoundError, NotReadyError, SandyardError, StillStartingError
 from sandyard.client.models import (
     CodeResult,
@@ -391,11 +391,11 @@ class Sandbox(SandboxFacts, FormerNames):
         until = time.monotonic() + limit_s
         while self.status != "running":
             why = str((self.raw.get("statusReason") or {}).get("message", ""))
-            said = f"the sandbox {self.id} is {self.status}{why and f': {why}'}"
+            message = f"the sandbox {self.id} is {self.status}{why and f': {why}'}"
             if self.status in BROKEN:
-                raise NotReadyError(said)
+                raise NotReadyError(message)
             if time.monotonic() >= until:
-                raise StillStartingError(said)
+                raise StillStartingError(message)
             sleep(0.1)
             self.refresh()
         return self
@@ -413,8 +413,8 @@ class Sandbox(SandboxFacts, FormerNames):
         stdin: str | bytes | None = None,
         user: str | int | None = None,
         check: bool = False,
-        on_stdout: Told | None = None,
-        on_stderr: Told | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
     ) -> ExecResult: ...
 
     @overload
@@ -438,8 +438,8 @@ class Sandbox(SandboxFacts, FormerNames):
         stdin: str | bytes | None = None,
         user: str | int | None = None,
         check: bool = False,
-        on_stdout: Told | None = None,
-        on_stderr: Told | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
     ) -> ExecResult | Process:
         """Run a command and return its result. A string is a shell command line, a sequence is a
         program and its arguments.
@@ -491,7 +491,7 @@ class Sandbox(SandboxFacts, FormerNames):
         with closing(events):
             for event in events:
                 heard.feed(event)
-                call_back(heard.told)
+                call_back(heard.callbacks)
         return calls.checked(heard.result(), command, check=check)
 
     def run(
@@ -545,8 +545,8 @@ class Sandbox(SandboxFacts, FormerNames):
         context: Context | str | None = None,
         timeout_s: float = 60.0,
         stdin: str = "",
-        on_stdout: Told | None = None,
-        on_stderr: Told | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
         on_result: Shown | None = None,
     ) -> CodeResult:
         """Run Python, JavaScript (`node`) or shell (`bash`) code in a persistent interpreter: later

@@ -8,7 +8,7 @@ from typing import Any
 from sandyard.client import calls, contexts
 from sandyard.client._sync.concurrency import call_back
 from sandyard.client._sync.transport import Transport
-from sandyard.client.contexts import Shown, Told
+from sandyard.client.contexts import OnText, Shown
 from sandyard.client.errors import ConnectionFailedError
 from sandyard.client.models import CodeResult, RemotePath
 
@@ -37,8 +37,8 @@ class Context:
         *,
         timeout_s: float = 60.0,
         stdin: str = "",
-        on_stdout: Told | None = None,
-        on_stderr: Told | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
         on_result: Shown | None = None,
     ) -> CodeResult:
         """Run code and return its output, results and exception. Of several pieces of code, one
@@ -53,7 +53,7 @@ class Context:
         with self._transport.stream(call) as answer:
             for line in answer.iter_lines():
                 running.feed(line)
-                call_back(running.told)
+                call_back(running.callbacks)
                 if running.is_over:
                     return running.result()
         raise ConnectionFailedError("the server broke off before the end of the code")
