@@ -942,7 +942,7 @@ async def test_what_was_refused_and_used_is_told(desk: Desk) -> None:
 
     assert await told() == ["b.test"], "once in an hour"
     journals._read.clear()
-    journals._told.clear()
+    journals._noted.clear()
     await journals.look()
     assert await told() == ["b.test"], "after a restart, too"
     desk.node.journal += [

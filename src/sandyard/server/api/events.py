@@ -36,8 +36,8 @@ class SseEvent:
         """Return its bytes."""
         head = "" if self.id is None else f"id: {self.id}\n"
         # ASCII: some take U+2028 for a line's end.
-        said = json.dumps(self.data, separators=(",", ":"))
-        return f"{head}event: {self.name}\ndata: {said}\n\n".encode()
+        data = json.dumps(self.data, separators=(",", ":"))
+        return f"{head}event: {self.name}\ndata: {data}\n\n".encode()
 
 
 class EventStream(HeldStream):

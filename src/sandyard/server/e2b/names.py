@@ -65,7 +65,7 @@ def for_port(matcher: Matcher, domain: str | None) -> Matcher:
     return matches
 
 
-def domain_told(scope: Scope, domain: str | None) -> str | None:
+def client_domain(scope: Scope, domain: str | None) -> str | None:
     """Return the domain that is sent to clients, under which they find sandboxes.
 
     Without one in the settings it is the host that the client used: told none, it would send the

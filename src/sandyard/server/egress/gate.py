@@ -450,6 +450,6 @@ def _original(connection: socket.socket) -> tuple[Address, int]:
     Raises:
         OSError: it was not.
     """
-    told = connection.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
-    _, port, address = struct.unpack_from("!HH4s", told)
+    packed = connection.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
+    _, port, address = struct.unpack_from("!HH4s", packed)
     return Address(address), port

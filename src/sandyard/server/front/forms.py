@@ -103,10 +103,10 @@ class Form:
         self._header, self._value = b"", b""
 
     def _on_headers(self) -> None:
-        told = self._headers.get(b"content-disposition", b"")
-        _, options = parse_options_header(told)
+        disposition = self._headers.get(b"content-disposition", b"")
+        _, options = parse_options_header(disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")
-        self._found.append(Part(name, _file_name(told, options)))
+        self._found.append(Part(name, _file_name(disposition, options)))
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         self._found.append(data[start:end])
@@ -122,9 +122,9 @@ def _broken_off() -> InvalidArgumentError:
     return InvalidArgumentError("the upload did not come whole; nothing is kept", field="body")
 
 
-def _file_name(told: bytes, options: dict[bytes, bytes]) -> bytes | None:
+def _file_name(disposition: bytes, options: dict[bytes, bytes]) -> bytes | None:
     """Return a file's name, also one that is written as RFC 5987 has it."""
-    if found := _EXTENDED.search(told):
+    if found := _EXTENDED.search(disposition):
         exact = unquote_to_bytes(found[2])
         return exact if found[1].lower() == b"utf-8" else exact.decode("latin-1").encode()
     return options.get(b"filename")

@@ -75,8 +75,8 @@ def rendered(
         ).encode()
         kind = "text/html; charset=utf-8"
     else:
-        told = f"{message.title}: {_plain(message.text)} {_plain(message.owner)}"
-        error = {"code": code, "message": told, "requestId": request_id}
+        text = f"{message.title}: {_plain(message.text)} {_plain(message.owner)}"
+        error = {"code": code, "message": text, "requestId": request_id}
         body, kind = json.dumps({"error": error}).encode(), "application/json"
     found = {
         "content-type": kind,

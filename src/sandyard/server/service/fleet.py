@@ -253,7 +253,7 @@ class _Beats:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._said: set[tuple[str, int]] = set()
+        self._beats: set[tuple[str, int]] = set()
         self._written: asyncio.Future[frozenset[tuple[str, int]]] | None = None
 
     async def is_current(self, node_id: str, epoch: int) -> bool:
@@ -263,15 +263,15 @@ class _Beats:
             UnavailableError: it could not be written.
         """
         if (written := self._written) is not None:
-            self._said.add((node_id, epoch))
+            self._beats.add((node_id, epoch))
             return (node_id, epoch) in await asyncio.shield(written)
         written = self._written = asyncio.get_running_loop().create_future()
-        said = self._said = {(node_id, epoch)}
+        beats = self._beats = {(node_id, epoch)}
         try:
             await asyncio.sleep(_GATHER_S)  # of real time: it gathers what arrives concurrently
             self._written = None
             async with self._store.write(Turn.SHARED) as tx:
-                current = await tx.joined_nodes.beat(said, lasts=_LEASE)
+                current = await tx.joined_nodes.beat(beats, lasts=_LEASE)
             written.set_result(current)
         finally:
             if self._written is written:

@@ -25,11 +25,11 @@ _FRESH_S = 10.0
 _SAVED_BESIDE_MIB = 64
 
 
-def believed_bytes(told: int, shape: Shape) -> int:
+def believed_bytes(reported: int, shape: Shape) -> int:
     """Return the size of saved data as reported by a node, bounded by what the machine can have. A
     user pays for it, and the node may be compromised."""
     most = (shape.memory_mib + shape.disk_mib + _SAVED_BESIDE_MIB) * 2**20
-    return min(max(told, 0), most)
+    return min(max(reported, 0), most)
 
 
 class PatientNode(NodeControl):
@@ -78,7 +78,7 @@ class Nodes:
         self._controls = controls
         self._roster = roster
         self._clock = clock
-        self._said: dict[str, tuple[float, NodeView]] = {}
+        self._views: dict[str, tuple[float, NodeView]] = {}
         self._reported: dict[str, NodeView] = {}
 
     def all(self) -> tuple[NodeControl, ...]:
@@ -146,10 +146,10 @@ class Nodes:
         try:
             report = await node.do(Report())
         except UnavailableError:
-            self._said.pop(node.node_id, None)
+            self._views.pop(node.node_id, None)
             raise
         view = self._reported[node.node_id] = report.view()
-        self._said[node.node_id] = (self._clock.monotonic(), view)
+        self._views[node.node_id] = (self._clock.monotonic(), view)
         return report
 
     def last_heartbeat(self, node_id: str) -> Heartbeat | None:
@@ -158,11 +158,11 @@ class Nodes:
 
     def last_view(self, node_id: str) -> tuple[float, NodeView] | None:
         """Return a node's last heartbeat and its monotonic time, or None if it is too old."""
-        said, told = self._said.get(node_id), self.last_heartbeat(node_id)
-        if told is not None and (said is None or said[0] < told.at):
-            return told.at, self._completed(node_id, told.view)
-        if said is not None and self._clock.monotonic() - said[0] < _FRESH_S:
-            return said
+        view, heartbeat = self._views.get(node_id), self.last_heartbeat(node_id)
+        if heartbeat is not None and (view is None or view[0] < heartbeat.at):
+            return heartbeat.at, self._completed(node_id, heartbeat.view)
+        if view is not None and self._clock.monotonic() - view[0] < _FRESH_S:
+            return view
         return None
 
     def _completed(self, node_id: str, view: NodeView) -> NodeView:

@@ -183,10 +183,10 @@ class Placement:
     ) -> list[_Ranked]:
         """Return the rank of each node that has a template."""
         ranked = []
-        for node_id, said in views.items():
-            if said is None or not said[1].has(template):
+        for node_id, last in views.items():
+            if last is None or not last[1].has(template):
                 continue
-            at, view = said
+            at, view = last
             sent = self._since(node_id, at)
             memory_mib = view.memory_mib - sum(one.shape.memory_mib for one in sent)
             disk_mib = view.disk_mib - sum(one.shape.disk_mib for one in sent)

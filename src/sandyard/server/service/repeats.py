@@ -144,8 +144,8 @@ class Repeats:
 
     def _of_key(self, purpose: bytes, actor: Actor, request: Repeatable) -> str:
         key = _key(actor, request)
-        said = json.dumps([key.org_id, key.user_id, key.route, key.key]).encode()
-        return hmac.new(self._secret, said + b"\0" + purpose, sha256).hexdigest()
+        signed = json.dumps([key.org_id, key.user_id, key.route, key.key]).encode()
+        return hmac.new(self._secret, signed + b"\0" + purpose, sha256).hexdigest()
 
     def _digest(self, request: Repeatable) -> str:
         return hmac.new(self._secret, b"request\0" + request.body, sha256).hexdigest()

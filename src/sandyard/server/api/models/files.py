@@ -185,15 +185,15 @@ def version_in(header: str | None, *, field: str) -> str | None:
 
 def change_out(change: FileChange) -> dict[str, object]:
     """Return a change of a watched folder, for an event of a stream."""
-    told: dict[str, object] = {"type": change.kind.value, "folder": change.is_folder}
+    values: dict[str, object] = {"type": change.kind.value, "folder": change.is_folder}
     for name, path in (("path", change.path), ("from", change.source)):
         if path is not None:
-            told[name] = shown(path)
+            values[name] = shown(path)
             if shown(path).encode() != path:
-                told[f"{name}Base64"] = base64.b64encode(path).decode()
+                values[f"{name}Base64"] = base64.b64encode(path).decode()
     if change.kind is ChangeKind.OVERFLOW:
-        del told["folder"]
-    return told
+        del values["folder"]
+    return values
 
 
 def path_in(query: bytes) -> bytes | None:

@@ -338,7 +338,7 @@ def _entry_values(entry: TreeEntry) -> dict[str, Any]:
     modified = datetime.fromtimestamp(max(0.0, min(_MOMENT_MAX, entry.modified)), UTC)
     stamp = modified.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     an_id = id_of(entry.path)
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "id": an_id,
         "path": an_id,
         "value": name,
@@ -350,7 +350,7 @@ def _entry_values(entry: TreeEntry) -> dict[str, Any]:
         "mimeType": None if entry.is_folder else kind_of(name),
         "isLink": entry.is_link,
     }
-    return {**told, "lazy": True, "count": entry.count} if entry.is_folder else told
+    return {**values, "lazy": True, "count": entry.count} if entry.is_folder else values
 
 
 def entries_json(entries: Sequence[TreeEntry]) -> bytes:
@@ -360,9 +360,9 @@ def entries_json(entries: Sequence[TreeEntry]) -> bytes:
 
 def entry_out(entry: TreeEntry) -> EntryOut:
     """Return a file or folder as it is shown."""
-    told = _entry_values(entry)
-    moment = datetime.fromisoformat(told["date"])
-    return EntryOut.model_validate({**told, "date": moment, "mtime": moment})
+    values = _entry_values(entry)
+    moment = datetime.fromisoformat(values["date"])
+    return EntryOut.model_validate({**values, "date": moment, "mtime": moment})
 
 
 def kind_of(name: str) -> str:

@@ -368,8 +368,8 @@ async def read_workspace_file(
     status = 200
     if span is not None:
         status = 206 if span else 416
-        told = f"{span.start}-{span.stop - 1}" if span else "*"
-        headers["Content-Range"] = f"bytes {told}/{size}"
+        sent = f"{span.start}-{span.stop - 1}" if span else "*"
+        headers["Content-Range"] = f"bytes {sent}/{size}"
     if status == 416 or getattr(request.state, "is_head", False):
         await held.aclose()
         if status != 416:

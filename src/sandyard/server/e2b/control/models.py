@@ -369,7 +369,7 @@ def opened(
     }
 
 
-def snapshot_told(snapshot: Snapshot) -> dict[str, object]:
+def snapshot_values(snapshot: Snapshot) -> dict[str, object]:
     """Return a snapshot as JSON values."""
     names = [] if snapshot.name is None else [f"{snapshot.name}:default"]
     return {"snapshotID": snapshot.id, "names": names}

@@ -41,7 +41,7 @@ from sandyard.server.e2b.control.models import (
     state_of,
 )
 from sandyard.server.e2b.errors import render_control
-from sandyard.server.e2b.names import domain_told
+from sandyard.server.e2b.names import client_domain
 from sandyard.server.front.bodies import takes_body
 from sandyard.server.front.cursors import decode_cursor, encode_cursor
 from sandyard.server.service.actor import Actor
@@ -75,7 +75,7 @@ class Control:
     @property
     def domain(self) -> str | None:
         """The domain that is sent to clients."""
-        return domain_told(self.request.scope, self.request.app.state.domain)
+        return client_domain(self.request.scope, self.request.app.state.domain)
 
     @property
     def sandbox_id(self) -> str:
@@ -548,7 +548,7 @@ async def create_snapshot(request: Request) -> Response:
     snapshot = await control.services.snapshots.create(
         control.actor, sandbox.id, name, request=await control.repeatable(), takes_name=True
     )
-    return JSONResponse(models.snapshot_told(snapshot), status_code=201)
+    return JSONResponse(models.snapshot_values(snapshot), status_code=201)
 
 
 async def list_snapshots(request: Request) -> Response:
@@ -577,7 +577,7 @@ async def list_snapshots(request: Request) -> Response:
     headers = {}
     if len(found) > limit:
         headers[_NEXT] = encode_cursor(shown[-1].created_at, shown[-1].id)
-    return JSONResponse([models.snapshot_told(one) for one in shown], headers=headers)
+    return JSONResponse([models.snapshot_values(one) for one in shown], headers=headers)
 
 
 # --- the rest -------------------------------------------------------------------------------

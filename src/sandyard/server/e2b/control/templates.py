@@ -47,7 +47,7 @@ async def list_templates(request: Request) -> Response:
     control = Control(request)
     control.actor.require("template:read")
     facts = await control.services.templates.all(control.actor)
-    return JSONResponse([_told(one) for one in facts])
+    return JSONResponse([_template(one) for one in facts])
 
 
 async def by_alias(request: Request) -> Response:
@@ -79,7 +79,7 @@ async def remove(request: Request) -> Response:
     return Response(status_code=204)
 
 
-def _told(fact: TemplateFact) -> dict[str, object]:
+def _template(fact: TemplateFact) -> dict[str, object]:
     names = [alias for alias, slug in ALIASES.items() if slug == fact.slug] or [fact.slug]
     created = models.moment(fact.created_at) if fact.created_at else None
     return {
@@ -115,7 +115,7 @@ async def announce(request: Request) -> Response:
     disk = None if body.disk_mib is None else f"{max(body.disk_mib, _DISK_MIN_MIB)}MB"
     wish = NewTemplate(name, tags=tags, vcpus=body.vcpus, memory=f"{body.memory_mib}MB", disk=disk)
     build = await control.services.builds.announce(control.actor, wish)
-    told = {
+    values = {
         "templateID": build.slug,
         "buildID": build.id,
         "public": False,
@@ -123,7 +123,7 @@ async def announce(request: Request) -> Response:
         "aliases": [build.slug],
         "tags": list(tags),
     }
-    return JSONResponse(told, status_code=202)
+    return JSONResponse(values, status_code=202)
 
 
 async def find_files(request: Request) -> Response:
@@ -251,7 +251,7 @@ async def status(request: Request) -> Response:
         limit=limit,
         wait_s=_WAIT_S,
     )
-    told: dict[str, object] = {
+    values: dict[str, object] = {
         "templateID": build.slug,
         "buildID": build.id,
         "status": _BUILD_STATUS.get(build.status, "error"),
@@ -259,8 +259,8 @@ async def status(request: Request) -> Response:
         "logEntries": [_entry(one) for one in lines],
     }
     if build.error is not None:
-        told["reason"] = {"message": build.error, "step": _step_of(build.phase), "logEntries": []}
-    return JSONResponse(told)
+        values["reason"] = {"message": build.error, "step": _step_of(build.phase), "logEntries": []}
+    return JSONResponse(values)
 
 
 def _step_of(phase: str) -> str:
@@ -305,8 +305,8 @@ async def assign_tags(request: Request) -> Response:
     check_count(own.template, tags)
     for one in tags:
         await templates.tag(control.actor, name, one, version.number)
-    told = {"tags": tags, "buildID": version.build_id}
-    return JSONResponse(told, status_code=201)
+    values = {"tags": tags, "buildID": version.build_id}
+    return JSONResponse(values, status_code=201)
 
 
 async def remove_tags(request: Request) -> Response:
@@ -335,12 +335,12 @@ async def list_tags(request: Request) -> Response:
     control = Control(request)
     control.actor.require("template:read")
     own = await _own(control)
-    told = [
+    values = [
         {"tag": tag, "buildID": one.build_id, "createdAt": models.moment(one.created_at)}
         for one in own.versions
         for tag in own.tags_of(one)
     ]
-    return JSONResponse(told)
+    return JSONResponse(values)
 
 
 async def _own(control: Control) -> OwnTemplate:

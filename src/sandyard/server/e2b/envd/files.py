@@ -180,8 +180,8 @@ async def _write(
     )
     _, fact = await box.services.files.write(box.actor, box.id, wish, body)
     where = shown(path if fact is None else fact.path)
-    told: dict[str, object] = {"name": where.rpartition("/")[2], "type": "file", "path": where}
-    return {**told, "metadata": dict(labels)} if labels else told
+    entry: dict[str, object] = {"name": where.rpartition("/")[2], "type": "file", "path": where}
+    return {**entry, "metadata": dict(labels)} if labels else entry
 
 
 def _labels_of(request: Request) -> dict[str, str]:

@@ -142,7 +142,7 @@ async def _watch_dir(call: Call) -> AsyncIterator[AsyncIterator[Message]]:
     watched = await _to_watch(box, call.message)
     wish = ops.WatchFolder(watched.path, call.message.flag("recursive"))
 
-    async def told() -> AsyncIterator[Message]:
+    async def messages() -> AsyncIterator[Message]:
         yield {"start": {}}
         async for change in changes:
             now = _Watched(watched.path, watched.includes_entry)
@@ -150,7 +150,7 @@ async def _watch_dir(call: Call) -> AsyncIterator[AsyncIterator[Message]]:
                 yield {"filesystem": event}
 
     async with box.services.files.watch(box.actor, box.id, wish) as changes:
-        yield until_deadline(told(), box.services.clock, call.timeout_ms)
+        yield until_deadline(messages(), box.services.clock, call.timeout_ms)
 
 
 async def _create_watcher(box: Box, message: Fields) -> Message:

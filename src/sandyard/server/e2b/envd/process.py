@@ -95,8 +95,8 @@ def _pieces(output: Output) -> list[bytes]:
 def _end_of(end: ops.Ended) -> Message:
     if end.signal is None:
         status = f"exit status {end.exit_code}"
-        told = {"exitCode": end.exit_code, "exited": True, "status": status}
-        return told if end.exit_code == 0 else {**told, "error": status}
+        outcome = {"exitCode": end.exit_code, "exited": True, "status": status}
+        return outcome if end.exit_code == 0 else {**outcome, "error": status}
     status = f"signal: {_SAID.get(end.signal, end.signal.lower())}"
     return {"exitCode": -1, "exited": False, "status": status, "error": status}
 

@@ -222,8 +222,8 @@ class Builds:
             shape = shape_of(defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
             self._quota.check_shape(actor, shape)
         except InvalidArgumentError as error:
-            told = str(error.facts.get("field", "")).replace("resources.", "defaults.")
-            raise InvalidArgumentError(error.text, **{**error.facts, "field": told}) from error
+            field = str(error.facts.get("field", "")).replace("resources.", "defaults.")
+            raise InvalidArgumentError(error.text, **{**error.facts, "field": field}) from error
         return shape
 
     def _build(

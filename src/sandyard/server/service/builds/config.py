@@ -61,7 +61,7 @@ def read_config(data: bytes) -> ImageConfig:
             workdir=_text(config.get("WorkingDir")),
             command=(*entry, *arguments),
             check=_check_of(config.get("Healthcheck")),
-            ignored=tuple(said for name, said in _NOT_USED.items() if config.get(name)),
+            ignored=tuple(text for name, text in _NOT_USED.items() if config.get(name)),
         )
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidArgumentError(

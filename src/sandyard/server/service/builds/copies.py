@@ -114,21 +114,21 @@ class Copies:
         for one in self._nodes.ids():
             if not self._nodes.is_there(one):
                 continue
-            said = self._nodes.last_view(one)
-            if said is not None and said[1].mark:  # a heartbeat has no room for all
+            known = self._nodes.last_view(one)
+            if known is not None and known[1].mark:  # a heartbeat has no room for all
                 with suppress(UnavailableError):
                     await self._nodes.report_of(self._nodes.get(one))
-                said = self._nodes.last_view(one)
-            if said is not None and not said[1].mark:
-                views[one] = said[1]
+                known = self._nodes.last_view(one)
+            if known is not None and not known[1].mark:
+                views[one] = known[1]
         return views
 
     async def _spread_templates(self) -> None:
-        told, now = await self._shipped.by_node(), self._clock.now()
-        for slug in sorted({fact.slug for facts in told.values() for fact in facts}):
+        facts_of, now = await self._shipped.by_node(), self._clock.now()
+        for slug in sorted({fact.slug for facts in facts_of.values() for fact in facts}):
             facts = {
                 node_id: fact
-                for node_id, every in told.items()
+                for node_id, every in facts_of.items()
                 for fact in every
                 if fact.slug == slug and self._nodes.is_there(node_id)
             }

@@ -97,7 +97,7 @@ class Work:
     """What is run for a step: what the log says of it, a command with its environment, and the
     upload that has to be in the machine before that."""
 
-    told: str
+    line: str
     command: str
     env: Mapping[str, str]
     cwd: str = "/"
@@ -141,8 +141,8 @@ def work_of(step: Step, setting: Setting) -> Work | None:
                 "WHO": owner,
                 "MODE": "".join(args[3:]),
             }
-            told = f"copying {args[0]} to {target}"
-            return Work(told, recipes.COPY, env, upload=step.upload)
+            line = f"copying {args[0]} to {target}"
+            return Work(line, recipes.COPY, env, upload=step.upload)
         case StepKind.ENV:
             return None
 

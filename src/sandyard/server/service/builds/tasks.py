@@ -49,7 +49,7 @@ def tasks_of(wish: NewTemplate, config: ImageConfig, login: Mapping[str, str]) -
         seen = digest_of([seen, step.kind, step.args, step.upload])
         if (work := work_of(step, setting)) is not None:
             take = partial(Box.do, work=work)
-            tasks.append(Task(work.told, ["step", seen], take, step.phase, step.force))
+            tasks.append(Task(work.line, ["step", seen], take, step.phase, step.force))
         setting = setting.after(step)
     return tasks
 

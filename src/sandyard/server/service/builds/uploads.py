@@ -108,8 +108,8 @@ class Uploads:
         return actor
 
     def _signature(self, permit: Permit) -> str:
-        said = json.dumps([permit.slug, permit.name, permit.by, permit.expires])
-        return hmac.digest(self._key, said.encode(), hashlib.sha256).hex()
+        signed = json.dumps([permit.slug, permit.name, permit.by, permit.expires])
+        return hmac.digest(self._key, signed.encode(), hashlib.sha256).hex()
 
     async def has(self, actor: Actor, upload_id: str) -> bool:
         """Tell whether an upload is on this server, for half a day or longer."""

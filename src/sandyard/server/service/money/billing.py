@@ -219,30 +219,30 @@ class Billing:
             InvalidTokenError: the provider's signature is invalid.
             UnavailableError: no payment provider is configured.
         """
-        told = await self._payments.read_event(payload, signature)
-        if told is None:
+        event = await self._payments.read_event(payload, signature)
+        if event is None:
             return False
-        if not isinstance(told, Reversal):
-            return await self._post(told)
+        if not isinstance(event, Reversal):
+            return await self._post(event)
         # The provider's answer may be outdated when it is posted, and another event may
         # have posted what is newer. The last to post asks once more after that.
         async with self._reversing:
             has_posted = False
             for _ in range(_LOOKS_MAX):
-                has_posted |= await self._post(told)
-                before, told = told, await self._payments.read_event(payload, signature)
-                if told is None or told == before:
+                has_posted |= await self._post(event)
+                before, event = event, await self._payments.read_event(payload, signature)
+                if event is None or event == before:
                     break
         return has_posted
 
-    async def _post(self, told: Payment | Reversal) -> bool:
+    async def _post(self, event: Payment | Reversal) -> bool:
         now = self._clock.now()
-        async with self._store.write(told.org_id) as tx:
-            if await tx.organizations.find(told.org_id) is None:
+        async with self._store.write(event.org_id) as tx:
+            if await tx.organizations.find(event.org_id) is None:
                 raise NotFoundError("cannot credit a payment: its organization does not exist")
-            if isinstance(told, Reversal):
-                return await take_back(tx, told, at=now)
-            return await take_payment(tx, told, at=now, is_automatic=told.is_automatic)
+            if isinstance(event, Reversal):
+                return await take_back(tx, event, at=now)
+            return await take_payment(tx, event, at=now, is_automatic=event.is_automatic)
 
     async def auto_topup(self, actor: Actor) -> AutoTopup:
         """Return the settings of automatic top-up."""

@@ -149,8 +149,8 @@ class Meter:
             known = await tx.prices.history()
             has_duty = await tx.duties.take(_DUTY, self._server_id, lasts=_DUTY_LASTS)
         if differing := sorted(one for one, its in others.items() if its != self._prices):
-            told = self._differed_at
-            if told is None or self._clock.monotonic() - told >= _TELL_EVERY_S:
+            logged_at = self._differed_at
+            if logged_at is None or self._clock.monotonic() - logged_at >= _TELL_EVERY_S:
                 self._differed_at = self._clock.monotonic()
                 log.error(
                     "other servers have other prices: %s; nothing is charged until billing.prices "

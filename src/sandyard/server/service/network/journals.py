@@ -37,7 +37,7 @@ class Journals:
         self._clock = platform.clock
         self._server_id = platform.server_id
         self._read: dict[str, float] = {}
-        self._told: dict[str, dict[str, float]] = {}
+        self._noted: dict[str, dict[str, float]] = {}
         self._finished: set[str] = set()
         """Sandboxes that do not run, and whose journals have been read to their ends."""
 
@@ -65,7 +65,7 @@ class Journals:
         async with self._store.read() as tx:
             found = await tx.sandboxes.ruled()
         known = {one.id for one in found}
-        for state in (self._read, self._told):
+        for state in (self._read, self._noted):
             for gone in state.keys() - known:
                 del state[gone]
         resting = {one.id for one in found if one.status not in MAY_RUN}
@@ -108,9 +108,9 @@ class Journals:
             since=now - timedelta(seconds=_QUIET_S),
         )
         async with self._store.read() as tx:
-            told = await tx.activity.page(query)
-        self._told[sandbox.id] = {
-            str(one.attributes.get("name")): one.created_at.timestamp() for one in told
+            noted = await tx.activity.page(query)
+        self._noted[sandbox.id] = {
+            str(one.attributes.get("name")): one.created_at.timestamp() for one in noted
         }
         self._read[sandbox.id] = now.timestamp() - _BACK_S
 
@@ -128,16 +128,16 @@ class Journals:
         self._read[sandbox.id] = lines[-1].time
 
     def _refusals(self, sandbox: Ruled, lines: Sequence[Connection]) -> list[Activity]:
-        told, found = self._told.setdefault(sandbox.id, {}), []
+        noted, found = self._noted.setdefault(sandbox.id, {}), []
         for one in lines:
             name = one.name or one.address
             if one.verdict != "refused" or not name:
                 continue
-            for old in [key for key, at in told.items() if at <= one.time - _QUIET_S]:
-                del told[old]
-            if name in told or len(told) >= _TOLD_MAX:
+            for old in [key for key, at in noted.items() if at <= one.time - _QUIET_S]:
+                del noted[old]
+            if name in noted or len(noted) >= _TOLD_MAX:
                 continue
-            told[name] = one.time
+            noted[name] = one.time
             found.append(
                 line(
                     _REFUSED,

@@ -307,10 +307,10 @@ class Sandboxes:
         if sandbox.node_id is None:
             return sandbox, ""
         try:
-            said = await self._nodes.get(sandbox.node_id).do(ReadConsole(sandbox.id))
+            console = await self._nodes.get(sandbox.node_id).do(ReadConsole(sandbox.id))
         except NotFoundError:
-            said = b""
-        return sandbox, said.decode(errors="replace").replace("\0", "")
+            console = b""
+        return sandbox, console.decode(errors="replace").replace("\0", "")
 
     async def connections(
         self, actor: Actor, reference: str, *, since: float | None = None
@@ -383,15 +383,15 @@ class Sandboxes:
             raise refusal(sandbox, doing="read the figures of")
         async with self._tunnel.open(ref_of(sandbox), Stats(since_ms=since_ms)) as opened:
             figures = opened.answer
-        told = vars(figures) | {"recent_cpu_percent": 0.0, "earlier": 0}
-        if not _are_figures(told):
+        values = vars(figures) | {"recent_cpu_percent": 0.0, "earlier": 0}
+        if not _are_figures(values):
             raise UnavailableError("cannot read the usage: the agent did not report it")
         earlier = [one for one in figures.earlier if _are_figures(vars(one))]
         return sandbox, replace(figures, earlier=earlier[-_SAMPLES_MAX:])
 
 
-def _are_figures(told: Mapping[str, float | None]) -> bool:
-    return all(value is not None and 0 <= value < _FIGURE_MAX for value in told.values())
+def _are_figures(values: Mapping[str, float | None]) -> bool:
+    return all(value is not None and 0 <= value < _FIGURE_MAX for value in values.values())
 
 
 def _is_later(present: datetime | None, end: Mapping[str, Any]) -> bool:

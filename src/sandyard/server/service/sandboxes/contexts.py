@@ -411,9 +411,9 @@ class _Run:
             async for event in self._following.events():
                 if isinstance(event, ops.Ended):
                     how = event.signal or f"exit code {event.exit_code}"
-                    said = f": {self._reports.last_words}" if self._reports.last_words else ""
+                    reason = f": {self._reports.last_words}" if self._reports.last_words else ""
                     raise _DiedError(
-                        f"the interpreter ended ({how}), and with it what it knew{said}"
+                        f"the interpreter ended ({how}), and with it what it knew{reason}"
                     )
                 for report in self._reports.feed(event.stream, event.data):
                     await self._heard.put(report)

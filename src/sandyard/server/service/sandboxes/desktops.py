@@ -320,9 +320,9 @@ class Desktops:
             ) from error
 
 
-def windows_in(said: str) -> list[Window]:
+def windows_in(output: str) -> list[Window]:
     """Return the windows listed by wmctrl(1), with the active one by xdotool(1)."""
-    lines = said.splitlines()
+    lines = output.splitlines()
     last = lines[-1].strip() if lines else ""
     active = int(last) if _ACTIVE.fullmatch(last) else None
     found = []

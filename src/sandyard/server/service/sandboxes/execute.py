@@ -152,10 +152,10 @@ class Commands:
             stdin=command.stdin is not None,
         )
         # Not the command itself: people put secrets into commands, and the feed is kept forever.
-        told: dict[str, object] = {"timeoutMs": command.timeout}
-        told |= {"user": command.user} if command.user else {}
-        told |= {"cwd": cwd} if cwd else {}
-        use = replace(_USE, attributes=told)
+        attributes: dict[str, object] = {"timeoutMs": command.timeout}
+        attributes |= {"user": command.user} if command.user else {}
+        attributes |= {"cwd": cwd} if cwd else {}
+        use = replace(_USE, attributes=attributes)
         share = _Share(self.room, actor.org_id)
         try:
             if command.makes_cwd and cwd:

@@ -349,9 +349,9 @@ async def _printed(
             end = decoded(ops.Ended, frame)
             # 1: something changed while it was read (tar(1)).
             if end.exit_code not in (0, 1) or end.timed_out:
-                said = printable(complaint.decode(errors="replace").strip()[:500])
+                text = printable(complaint.decode(errors="replace").strip()[:500])
                 raise InvalidArgumentError(
-                    f"tar did not do it: {said or 'no reason'}", field="body"
+                    f"tar did not do it: {text or 'no reason'}", field="body"
                 )
         elif frame.channel is Channel.STDOUT and frame.payload:
             yield frame.payload

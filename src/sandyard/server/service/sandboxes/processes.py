@@ -182,7 +182,7 @@ class Processes:
         operation = Start(
             **_values_of(wish), key=self._repeats.name_of(actor, request), replaces=wish.replaces
         )
-        use = _told_of(wish, use)
+        use = _with_attributes(wish, use)
         if wish.makes_cwd and wish.cwd is not None:
             cwd = operation.cwd
             await make_folder(self._reach, actor, reference, cwd, wish.user or "root", use)
@@ -199,7 +199,9 @@ class Processes:
         """
         _check(wish)
         operation = Run(**_values_of(wish), keeps_end=True)
-        async with self.run(actor, reference, operation, _told_of(wish, _START)) as following:
+        async with self.run(
+            actor, reference, operation, _with_attributes(wish, _START)
+        ) as following:
             yield following
 
     async def launch(self, actor: Actor, reference: str, operation: Start, use: Use) -> Program:
@@ -410,11 +412,11 @@ def _home_cwd(text: str | None) -> str:
     return f"~/{text}"
 
 
-def _told_of(wish: NewProcess, use: Use) -> Use:
+def _with_attributes(wish: NewProcess, use: Use) -> Use:
     """Return a use that tells of a process, and not of the command itself: people put secrets into
     commands, and the feed is kept forever."""
-    told = {"user": wish.user, "cwd": wish.cwd and _values_of(wish)["cwd"], "tag": wish.tag}
-    return replace(use, attributes={name: value for name, value in told.items() if value})
+    attributes = {"user": wish.user, "cwd": wish.cwd and _values_of(wish)["cwd"], "tag": wish.tag}
+    return replace(use, attributes={name: value for name, value in attributes.items() if value})
 
 
 def _check_program(wish: NewProcess) -> None:

@@ -119,7 +119,7 @@ class Reach:
                 )
                 asked = await self._completed(sandbox, operation)
                 if asked is not operation:
-                    use = _told(use, asked)
+                    use = _with_attributes(use, asked)
                 if not await self._note(Note(actor, sandbox, use, self._clock.now()), held):
                     continue
                 opening = self._tunnel.open(ref_of(sandbox), asked)
@@ -237,7 +237,7 @@ async def make_folder(
         pass
 
 
-def _told(use: Use, operation: Any) -> Use:
+def _with_attributes(use: Use, operation: Any) -> Use:
     """Return a use that also tells the user and the directory of a program."""
-    told = {"user": operation.user, "cwd": operation.cwd}
-    return replace(use, attributes={**told, **use.attributes})
+    attributes = {"user": operation.user, "cwd": operation.cwd}
+    return replace(use, attributes={**attributes, **use.attributes})

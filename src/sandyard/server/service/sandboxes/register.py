@@ -79,12 +79,12 @@ class Register:
 
     async def changes(self, sandbox: Sandbox) -> AsyncIterator[Sandbox]:
         """Yield a sandbox now, and after each change of its status, until it is deleted."""
-        told = None
+        last = None
         with self._bus.subscribe(topic_of(sandbox.id)) as changes:
             while True:
                 sandbox = await self.reread(sandbox.id)
-                if (sandbox.status, sandbox.reason) != told:
-                    told = (sandbox.status, sandbox.reason)
+                if (sandbox.status, sandbox.reason) != last:
+                    last = (sandbox.status, sandbox.reason)
                     yield sandbox
                 if sandbox.status is Status.DESTROYED:
                     return

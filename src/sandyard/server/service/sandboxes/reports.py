@@ -98,8 +98,8 @@ class Reports:
                 if len(left) > REPORT_MAX:
                     raise AgentError("cannot read a result: it has no end")
                 return
-            said = bytes(left[len(self._head) : end])
-            found = list(self._report(stream, said[:1], said[1:]))
+            message = bytes(left[len(self._head) : end])
+            found = list(self._report(stream, message[:1], message[1:]))
             del left[: end + 1]
             yield from found
 
@@ -137,11 +137,11 @@ def _result(body: bytes) -> Result:
     try:
         if body.count(b"[") + body.count(b"{") > _CONTAINERS_MAX or body.count(b",") > _VALUES_MAX:
             return Result({"text": ""}, is_main=False, is_truncated=True)
-        told = json.loads(body)
-        forms = {name: told[name] for name in _TEXT_FORMS if isinstance(told.get(name), str)}
-        if "json" in told:
-            forms["json"] = told["json"]
-        return Result(forms, told.get("isMain") is True, told.get("truncated") is True)
+        report = json.loads(body)
+        forms = {name: report[name] for name in _TEXT_FORMS if isinstance(report.get(name), str)}
+        if "json" in report:
+            forms["json"] = report["json"]
+        return Result(forms, report.get("isMain") is True, report.get("truncated") is True)
     except (ValueError, TypeError, AttributeError, RecursionError):
         # Another process of the sandbox printed into the middle of it.
         return Result({"text": ""}, is_main=False, is_truncated=True)
@@ -149,9 +149,9 @@ def _result(body: bytes) -> Result:
 
 def _error(body: bytes) -> CodeError | None:
     try:
-        told = json.loads(body)["error"]
-        if told is None:
+        report = json.loads(body)["error"]
+        if report is None:
             return None
-        return CodeError(str(told["name"])[:200], str(told["value"]), str(told["traceback"]))
+        return CodeError(str(report["name"])[:200], str(report["value"]), str(report["traceback"]))
     except (ValueError, TypeError, KeyError, RecursionError):
         return CodeError("UnknownError", "the interpreter's report of an error was damaged", "")

@@ -64,8 +64,8 @@ class Screen:
         Raises:
             UnavailableError: the peer is not an RFB server, or requires a password.
         """
-        said = await self._take(12)
-        if not said.startswith(b"RFB 003."):
+        version = await self._take(12)
+        if not version.startswith(b"RFB 003."):
             raise _nonsense()
         await self._stream.write(b"RFB 003.008\n")
         kinds = await self._take((await self._take(1))[0])

@@ -121,10 +121,10 @@ class Signing:
         return actor
 
     def _signature(self, use: SignedUse) -> str:
-        said = json.dumps(
+        signed = json.dumps(
             [use.method, use.sandbox_id, use.path.hex(), use.user, use.expires, use.by]
         )
-        digest = hmac.digest(self._key, said.encode(), sha256)
+        digest = hmac.digest(self._key, signed.encode(), sha256)
         return urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 

@@ -85,8 +85,8 @@ class Tickets:
         part_s = max(1, lasts_s // _PARTS)
         part = int(self._clock.now().timestamp()) // part_s
         until = datetime.fromtimestamp((part + 1) * part_s + lasts_s, UTC)
-        said = f"{kind} {actor.org_id} {signer_of(actor)} {sandbox.id} {port} {part} {lasts_s}"
-        digest = hmac.digest(self._key, said.encode(), sha256)[:16]
+        signed = f"{kind} {actor.org_id} {signer_of(actor)} {sandbox.id} {port} {part} {lasts_s}"
+        digest = hmac.digest(self._key, signed.encode(), sha256)[:16]
         token = b32encode(digest).decode().rstrip("=").lower()
         async with self._store.write(Turn.SHARED) as tx:
             await self._keep(tx, actor, sandbox, token, kind, str(port), until)

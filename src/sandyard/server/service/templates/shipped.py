@@ -35,7 +35,7 @@ class ShippedTemplates:
     def __init__(self, nodes: Nodes, clock: Clock) -> None:
         self._nodes = nodes
         self._clock = clock
-        self._told: dict[str, tuple[TemplateFact, ...]] = {}
+        self._facts: dict[str, tuple[TemplateFact, ...]] = {}
         self._picture: _Picture | None = None
         self._asking = asyncio.Lock()
 
@@ -67,13 +67,15 @@ class ShippedTemplates:
         expected = [one for one in every.values() if self._nodes.is_there(one.node_id)]
         async with asyncio.TaskGroup() as tasks:
             asking = {one.node_id: tasks.create_task(_templates_of(one)) for one in expected}
-        told = {one: facts for one, task in asking.items() if (facts := task.result()) is not None}
-        last = {one: facts for one, facts in self._told.items() if one in every}
-        self._told = last | told
+        answers = {
+            one: facts for one, task in asking.items() if (facts := task.result()) is not None
+        }
+        last = {one: facts for one, facts in self._facts.items() if one in every}
+        self._facts = last | answers
         return _Picture(
             self._clock.monotonic(),
-            _elected(self._told.values()),
-            is_whole=bool(expected) and len(told) == len(expected),
+            _elected(self._facts.values()),
+            is_whole=bool(expected) and len(answers) == len(expected),
         )
 
     async def last(self, slug: str) -> TemplateFact | None:
@@ -84,7 +86,7 @@ class ShippedTemplates:
     async def by_node(self) -> dict[str, tuple[TemplateFact, ...]]:
         """Return the templates of each node that has answered, by its id."""
         await self._current()
-        return dict(self._told)
+        return dict(self._facts)
 
     async def known(self) -> tuple[TemplateFact, ...]:
         """Return the templates that are known now, hidden ones as well."""
@@ -136,20 +138,20 @@ class ShippedTemplates:
 async def _templates_of(node: NodeControl) -> tuple[TemplateFact, ...] | None:
     """Return a node's templates, or None if it does not answer."""
     try:
-        told = await node.do(ListTemplates())
+        facts = await node.do(ListTemplates())
     except UnavailableError:
         return None
     # A word of a newer node: in any case it is not ready.
     return tuple(
         replace(one, status=TemplateStatus.PENDING) if one.status is TemplateStatus.UNKNOWN else one
-        for one in told
+        for one in facts
     )
 
 
-def _elected(told: Collection[tuple[TemplateFact, ...]]) -> tuple[TemplateFact, ...]:
+def _elected(answers: Collection[tuple[TemplateFact, ...]]) -> tuple[TemplateFact, ...]:
     """Return each template of several nodes once; see `ShippedTemplates.all`."""
     votes = Counter(
-        (fact.slug, fact.defaults) for facts in told for fact in facts if _is_ready(fact)
+        (fact.slug, fact.defaults) for facts in answers for fact in facts if _is_ready(fact)
     )
 
     def rank(fact: TemplateFact) -> tuple[bool, int, int, int, int]:
@@ -158,7 +160,7 @@ def _elected(told: Collection[tuple[TemplateFact, ...]]) -> tuple[TemplateFact, 
         return _is_ready(fact), count, -shape.memory_mib, -shape.vcpus, -shape.disk_mib
 
     found: dict[str, TemplateFact] = {}
-    for fact in (fact for facts in told for fact in facts):
+    for fact in (fact for facts in answers for fact in facts):
         known = found.setdefault(fact.slug, fact)
         if rank(fact) > rank(known):
             found[fact.slug] = fact

@@ -133,11 +133,11 @@ class Namespace:
 
     def report(self, letter: str, value: object, streams: tuple[int, ...] = (1,)) -> None:
         """Write a report in one piece, whatever the code has made of `sys.stdout`."""
-        said = f"\0{self.mark}{letter}{json.dumps(value)}\0".encode()
+        message = f"\0{self.mark}{letter}{json.dumps(value)}\0".encode()
         self.is_reporting = True
         try:
             for descriptor in streams:
-                left = said
+                left = message
                 while left:
                     left = left[os.write(descriptor, left) :]
         finally:
@@ -208,18 +208,18 @@ def forms_of(value: object) -> tuple[dict[str, object], bool]:
     bundle = getattr(type(value), "_repr_mimebundle_", None)
     if bundle is not None:
         with contextlib.suppress(Exception):
-            told = bundle(value)
-            told = told[0] if isinstance(told, tuple) else told
-            found.update({BY_KIND[kind]: one for kind, one in told.items() if kind in BY_KIND})
+            form = bundle(value)
+            form = form[0] if isinstance(form, tuple) else form
+            found.update({BY_KIND[kind]: one for kind, one in form.items() if kind in BY_KIND})
     for name, _, method in FORMS:
         show = getattr(type(value), method, None)
         if show is None or name in found:
             continue
         with contextlib.suppress(Exception):
-            told = show(value)
-            told = told[0] if isinstance(told, tuple) else told
-            if told is not None:
-                found[name] = told
+            form = show(value)
+            form = form[0] if isinstance(form, tuple) else form
+            if form is not None:
+                found[name] = form
     forms: dict[str, object] = {}
     is_cut, left = False, DATA_MAX
     for name, one in found.items():
