@@ -95,7 +95,7 @@ async def test_what_kvm_cannot_go_on_with_has_ended(
                 return "internal-error"
 
             monkeypatch.setattr(Monitor, "status", broken)
-            machine._said = printed.encode()
+            machine._console_tail = printed.encode()
             assert await machine.stall() is None
             assert (await ending).code == code
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sandyard.server.app.settings import NodeSettings, Settings
 from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
-from sandyard.server.drivers.kernels import Told, kernel_info, unpacked, unpacked_kernel
+from sandyard.server.drivers.kernels import KernelInfo, kernel_info, unpacked, unpacked_kernel
 from sandyard.server.node.images.definitions import Definition, arguments_for, load_definition
 from sandyard.server.node.images.kernel import NEEDS, own_kernel, refuse_lacking
 
@@ -116,10 +116,10 @@ def test_a_damaged_kernel_is_refused_in_words(noise: bytes, at: int, more: bytes
 def test_a_kernel_tells_its_release_and_what_is_set_in_it(tmp_path: Path) -> None:
     image = tmp_path / "vmlinuz"
     image.write_bytes(bzimage(gzip.compress(elf({"EXT4_FS": "y", "TUN": "m"}))))
-    assert kernel_info(image) == Told("6.12.118", {"EXT4_FS": "y", "TUN": "m"})
+    assert kernel_info(image) == KernelInfo("6.12.118", {"EXT4_FS": "y", "TUN": "m"})
     assert not kernel_info(image).has_acpi
     image.write_bytes(elf())
-    assert kernel_info(image) == Told("6.12.118", None)
+    assert kernel_info(image) == KernelInfo("6.12.118", None)
     assert kernel_info(image).has_acpi
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support.house import settings_of
 
 from sandyard.server.app.member import metrics_host
-from sandyard.server.app.metrics import Metrics, Told
+from sandyard.server.app.metrics import Metrics, Reported
 from sandyard.server.core.contracts.node import NodeReport, ShelfFact
 from sandyard.server.core.records import JoinedNode
 
@@ -35,8 +35,8 @@ def test_shelves_are_told_apart_by_node_and_by_disk_alone() -> None:
     version = ShelfFact("mine@0", 1, 512, 1024, size=5, target=5)
     usual = ShelfFact("base-ubuntu", 2, 4096, 10240, size=3, target=4, failures=2)
     one, other = (
-        Told(NodeReport("a", (), shelves=(small, usual, version))),
-        Told(NodeReport("b", (), shelves=(usual,)), age_s=7.5, joined=JOINED),
+        Reported(NodeReport("a", (), shelves=(small, usual, version))),
+        Reported(NodeReport("b", (), shelves=(usual,)), age_s=7.5, joined=JOINED),
     )
     metrics = Metrics(version="1")
     lines = metrics.render([one, other]).decode().splitlines()

@@ -349,9 +349,9 @@ def _write_archive(
     command = [*_TAR, "--create", "--hole-detection=seek", "--pax-option=delete=atime,delete=ctime",
                f"--directory={root}", "--", *contents.paths]  # fmt: skip
     with (
-        tempfile.TemporaryFile() as said,
+        tempfile.TemporaryFile() as stderr,
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
         ) as process,
     ):
         assert process.stdout is not None
@@ -370,7 +370,7 @@ def _write_archive(
         written, problem = after(), ""
         # 1: a file was changed or removed while it was read; 2: one could not be read at all.
         if code not in (0, 1):
-            problem = _text_in(said) or f"tar ended with {code}"
+            problem = _text_in(stderr) or f"tar ended with {code}"
             written = replace(written, is_complete=False)
     _add(target.tar, f"{name}.json", json.dumps(asdict(written)).encode())
     return written, problem
@@ -400,7 +400,7 @@ class Unpacking:
         self._settings = settings
         self._images: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._said: IO[bytes] | None = None
+        self._stderr: IO[bytes] | None = None
         self._place: Path | None = None
         self._is_lost = False
 
@@ -433,11 +433,11 @@ class Unpacking:
         if self._process is None:
             self._place = self._beside(kind) / number
             self._place.mkdir(parents=True)
-            self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end
             self._process = subprocess.Popen(
                 [*_TAR, "--extract", "--preserve-permissions", "--same-owner",
                  f"--directory={self._place}"],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._said,
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._stderr,
             )  # fmt: skip
         assert self._process.stdin is not None
         try:
@@ -477,11 +477,11 @@ class Unpacking:
     def _end(self) -> tuple[int, str]:
         """End the program that unpacks; return how it ended, and what went wrong, if anything
         did."""
-        process, said = self._process, self._said
-        self._process = self._said = None
-        if process is None or said is None:
+        process, stderr = self._process, self._stderr
+        self._process = self._stderr = None
+        if process is None or stderr is None:
             return 0, ""
-        with said:
+        with stderr:
             assert process.stdin is not None
             try:
                 process.stdin.close()
@@ -493,7 +493,7 @@ class Unpacking:
                 process.kill()
                 code = process.wait(_END_S)
             is_lost, self._is_lost = self._is_lost, False
-            problem = _text_in(said) or f"tar ended with {code}"
+            problem = _text_in(stderr) or f"tar ended with {code}"
             return code, problem if code or is_lost else ""
 
 
@@ -605,6 +605,6 @@ def remove_tree(folder: Path) -> None:
     subprocess.run(["rm", "-rf", "--one-file-system", "--", folder], check=False)
 
 
-def _text_in(said: IO[bytes]) -> str:
-    said.seek(0)
-    return said.read().decode(errors="replace").strip()[-1000:]
+def _text_in(stderr: IO[bytes]) -> str:
+    stderr.seek(0)
+    return stderr.read().decode(errors="replace").strip()[-1000:]

@@ -318,7 +318,7 @@ async def _back_up_now(
             file,
             passphrase,
             include=map(Include, settings.backup.include),
-            progress=lambda said: log.info("backup: %s", said),
+            progress=lambda line: log.info("backup: %s", line),
             stop=stop,
         ),
     )
@@ -396,11 +396,11 @@ def _copy_database(settings: Settings, target: Path, stop: threading.Event) -> s
 def _check_sqlite(path: Path) -> None:
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-            (said,) = database.execute("PRAGMA integrity_check").fetchone()
+            (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
     except sqlite3.Error as error:
-        said = str(error)
-    if said != "ok":
-        raise DamagedError(f"cannot use the database in the backup: {said}")
+        verdict = str(error)
+    if verdict != "ok":
+        raise DamagedError(f"cannot use the database in the backup: {verdict}")
 
 
 def _rows_of(path: Path) -> dict[str, int]:
@@ -441,9 +441,9 @@ def _run(command: list[str], environment: Mapping[str, str], stop: threading.Eve
     until = time.monotonic() + _DUMP_LIMIT_S
     try:
         with (
-            tempfile.TemporaryFile() as said,
+            tempfile.TemporaryFile() as output,
             subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             ) as process,
         ):
             while process.poll() is None:
@@ -452,8 +452,8 @@ def _run(command: list[str], environment: Mapping[str, str], stop: threading.Eve
                     why = "was stopped" if stop.is_set() else "took over an hour"
                     raise UnavailableError(f"{command[0]} {why}")
             if process.returncode:
-                said.seek(0)
-                text = said.read().decode(errors="replace").strip()[-1000:]
+                output.seek(0)
+                text = output.read().decode(errors="replace").strip()[-1000:]
                 raise UnavailableError(f"{command[0]} failed: {text}")
     except FileNotFoundError as error:
         raise UnavailableError(

@@ -141,9 +141,9 @@ def examine_backups(settings: Settings) -> Finding:
         )  # fmt: skip
     age_s = age_of_newest(wanted.folder, datetime.now(UTC))
     if age_s is None or age_s > 2 * wanted.every_h * 3600:
-        said = "there is none yet" if age_s is None else f"{age_s / 3600:.0f} hours old"
+        age = "there is none yet" if age_s is None else f"{age_s / 3600:.0f} hours old"
         return Finding(
-            "bad", f"the newest backup in {wanted.folder} is too old: {said}",
+            "bad", f"the newest backup in {wanted.folder} is too old: {age}",
             "look for `cannot make a backup` in the server's log",
         )  # fmt: skip
     return Finding("ok", f"the newest backup is {age_s / 3600:.1f} hours old")
@@ -271,10 +271,10 @@ async def _has_legacy_drop() -> bool:
     if shutil.which("iptables-legacy") is None:
         return False
     try:
-        said = await run(["iptables-legacy", "-S", "FORWARD"], limit_s=_LIMIT_S)
+        rules = await run(["iptables-legacy", "-S", "FORWARD"], limit_s=_LIMIT_S)
     except SandyardError:
         return False
-    return "-P FORWARD DROP" in said
+    return "-P FORWARD DROP" in rules
 
 
 def _room(settings: Settings) -> list[Finding]:
@@ -353,11 +353,11 @@ def _kernel(image: Path, modules: Path | None) -> list[Finding]:
         kernel = own_kernel(image, modules)
     except InvalidArgumentError as error:
         return [Finding("bad", error.message, "see the how-to on kernels")]
-    if kernel.told.options is None:
+    if kernel.info.options is None:
         return [
             Finding(
                 "note",
-                f"the kernel {image} ({kernel.told.release}) does not say how it was configured",
+                f"the kernel {image} ({kernel.info.release}) does not say how it was configured",
                 "nothing, if machines boot; else build it with CONFIG_IKCONFIG=y, and look again",
             )
         ]
@@ -371,8 +371,8 @@ def _kernel(image: Path, modules: Path | None) -> list[Finding]:
         for need in kernel.lacks(musts=is_must)
     ]
     if not kernel.lacks(musts=True):
-        told = f"the kernel {image} ({kernel.told.release}) has all that machines cannot do without"
-        findings.insert(0, Finding("ok", told))
+        text = f"the kernel {image} ({kernel.info.release}) has all that machines cannot do without"
+        findings.insert(0, Finding("ok", text))
     return findings
 
 

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from sandyard.build import build_version
 from sandyard.server.app.cluster import nats_tls, write_papers, write_private
 from sandyard.server.app.installation import NODE_FILE, only_server
-from sandyard.server.app.metrics import Metrics, MetricsRoute, Told, metrics_of
+from sandyard.server.app.metrics import Metrics, MetricsRoute, Reported, metrics_of
 from sandyard.server.app.node import open_node
 from sandyard.server.app.serve import at_the_end, http_server, served_on
 from sandyard.server.app.settings import Settings
@@ -277,8 +277,8 @@ async def _metrics_server(settings: Settings, metrics: Metrics, node: Node) -> A
         yield
         return
 
-    async def reports() -> list[Told]:
-        return [Told(await node.do(Report()))]
+    async def reports() -> list[Reported]:
+        return [Reported(await node.do(Report()))]
 
     async def refused(_: Request, error: Exception) -> Response:
         return PlainTextResponse(f"{error}\n", status_code=404)

@@ -46,7 +46,7 @@ _STATES = (*(phase.value for phase in Phase if phase not in _UNREPORTED), _SILEN
 
 
 @dataclass(frozen=True)
-class Told:
+class Reported:
     """What a node reported, and how many seconds ago; `joined` is what is known of it if it is on
     another host."""
 
@@ -195,7 +195,7 @@ class Metrics:
         self._nodes.labels("answering").set(answering)
         self._nodes.labels("silent").set(silent)
 
-    def render(self, told: Sequence[Told]) -> bytes:
+    def render(self, reported: Sequence[Reported]) -> bytes:
         """Return all metrics in Prometheus's text format, including what the nodes report."""
         of_nodes = (
             self._machines, self._pool, self._pool_versions, self._pool_target,
@@ -203,7 +203,7 @@ class Metrics:
         )  # fmt: skip
         for gauge in of_nodes:
             gauge.clear()
-        for one in told:
+        for one in reported:
             node_id = one.report.node_id
             self._ages.labels(node_id).set(one.age_s)
             if one.joined is not None:
@@ -239,7 +239,7 @@ def _state_of(fact: MachineFact) -> str:
     return _SILENT if fact.is_silent else fact.phase.value
 
 
-Reports = Callable[[], Awaitable[Sequence[Told]]]
+Reports = Callable[[], Awaitable[Sequence[Reported]]]
 """Returns what nodes report now, or reported last."""
 
 
@@ -253,7 +253,7 @@ class NodeReports:
         self._clock = clock
         self._last: dict[str, tuple[float, NodeReport]] = {}
 
-    async def __call__(self) -> Sequence[Told]:
+    async def __call__(self) -> Sequence[Reported]:
         """See `Reports`."""
         every = {one.node_id: one for one in self._nodes.all()}
         there = [one for node_id, one in every.items() if self._nodes.is_there(node_id)]
@@ -263,10 +263,10 @@ class NodeReports:
         found = [report for one in asking if (report := one.result()) is not None]
         self._metrics.nodes(answering=len(found), silent=len(every) - len(found))
         now = self._clock.monotonic()
-        known = {one: told for one, told in self._last.items() if one in every}
+        known = {one: reported for one, reported in self._last.items() if one in every}
         self._last = known | {one.node_id: (now, one) for one in found}
         return [
-            Told(report, now - at, self._nodes.joined(report.node_id))
+            Reported(report, now - at, self._nodes.joined(report.node_id))
             for at, report in self._last.values()
         ]
 

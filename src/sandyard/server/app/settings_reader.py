@@ -28,8 +28,10 @@ def read_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        told = [_told(one, file) for one in error.errors(include_input=False, include_url=False)]
-        raise InvalidArgumentError(f"cannot use the settings: {'; '.join(told)}") from error
+        problems = [
+            _problem(one, file) for one in error.errors(include_input=False, include_url=False)
+        ]
+        raise InvalidArgumentError(f"cannot use the settings: {'; '.join(problems)}") from error
     except SettingsError as error:
         raise InvalidArgumentError(f"cannot use the settings: {error}") from error
     except tomllib.TOMLDecodeError as error:
@@ -50,21 +52,21 @@ def unknown_variables() -> list[str]:
     return found
 
 
-def _told(error: Mapping[str, Any], file: Path) -> str:
+def _problem(error: Mapping[str, Any], file: Path) -> str:
     where = [str(one) for one in error["loc"]]
     name, variable = ".".join(where), _variable(where)
-    said = variable if variable in os.environ else f"{name} in {file}" if where else str(file)
+    origin = variable if variable in os.environ else f"{name} in {file}" if where else str(file)
     match error:
         case {"type": "extra_forbidden"}:
             near = get_close_matches(name, _names(Settings), n=1, cutoff=_NEAR)
-            meant = [_variable(one.split(".")) if said == variable else one for one in near]
+            meant = [_variable(one.split(".")) if origin == variable else one for one in near]
             hint = f"; did you mean {meant[0]}?" if meant else ""
-            return f"{said}: there is no such setting{hint}"
+            return f"{origin}: there is no such setting{hint}"
         case {"type": "value_error", "ctx": {"error": cause}}:
-            return f"{said}: {cause}"
+            return f"{origin}: {cause}"
         case _:
             text = str(error["msg"])
-            return f"{said}: {text[:1].lower()}{text[1:]}"
+            return f"{origin}: {text[:1].lower()}{text[1:]}"
 
 
 def _variable(where: Sequence[str]) -> str:

@@ -183,14 +183,16 @@ def addresses_of(settings: Settings) -> Addresses:
     http, ssh, preview = settings.http, settings.ssh, settings.preview
     host = f"[{http.host}]" if ":" in http.host else http.host
     base_url = http.public_url or f"http://{host}:{http.port}"
-    told = urlsplit(http.public_url).hostname if http.public_url else None
+    public_host = urlsplit(http.public_url).hostname if http.public_url else None
     listens = ssh.host or http.host
     return Addresses(
         base_url=base_url,
         preview_domain=preview.domain or f"preview.localhost:{preview.port or http.port}",
         preview_scheme=preview.scheme,
         ssh=SshAddress(
-            host=ssh.public_host or told or (listens if listens not in _ANY else "localhost"),
+            host=ssh.public_host
+            or public_host
+            or (listens if listens not in _ANY else "localhost"),
             port=ssh.public_port or ssh.port,
             host_key=ssh_public_key(ssh_host_key(settings.home)),
         )

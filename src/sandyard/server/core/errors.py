@@ -335,5 +335,5 @@ def error_of(kind: str, code: str, text: str, facts: Mapping[str, str | int]) ->
     unknown code is an InternalError.
     """
     known = _BY_KIND.get(kind) or (_BY_CODE.get(Code(code)) if code in list(Code) else None)
-    told = {name: value for name, value in facts.items() if name not in ("self", "text")}
-    return (known or InternalError)(text, **told)
+    known_facts = {name: value for name, value in facts.items() if name not in ("self", "text")}
+    return (known or InternalError)(text, **known_facts)

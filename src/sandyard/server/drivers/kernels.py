@@ -35,7 +35,7 @@ _CONFIG_MAX = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Told:
+class KernelInfo:
     """The properties of a kernel. `options` are the enabled ones of its configuration without
     `CONFIG_`, or None if the configuration is not included (CONFIG_IKCONFIG)."""
 
@@ -75,7 +75,7 @@ def unpacked_kernel(image: Path, cache: Path) -> Path:
     return target
 
 
-def kernel_info(image: Path) -> Told:
+def kernel_info(image: Path) -> KernelInfo:
     """Return the properties of a kernel.
 
     Raises:
@@ -91,7 +91,7 @@ def kernel_info(image: Path) -> Told:
         except (zlib.error, UnicodeDecodeError) as error:
             raise UnavailableError(f"cannot read the configuration in {image}: {error}") from error
         options = dict(re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE))
-    return Told(release[1].decode(errors="replace") if release else "unknown", options)
+    return KernelInfo(release[1].decode(errors="replace") if release else "unknown", options)
 
 
 def unpacked(data: bytes, image: Path) -> bytes:

@@ -14,7 +14,7 @@ from sandyard.server.tasks import to_the_end
 
 log = logging.getLogger(__name__)
 
-_SAID_MAX = 1000
+_OUTPUT_MAX = 1000
 _KILL_LIMIT_S = 10.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -50,7 +50,7 @@ async def output_of(
     has_ended = False
     try:
         async with asyncio.timeout(limit_s):
-            said, _ = await process.communicate()
+            output, _ = await process.communicate()
         has_ended = True
     finally:
         if not has_ended:
@@ -58,10 +58,10 @@ async def output_of(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await to_the_end(_gone(process, arguments[0]))
-    said = said or b""
+    output = output or b""
     if process.returncode != 0:
-        raise ChildProcessError(said.decode(errors="replace").strip()[-_SAID_MAX:])
-    return said
+        raise ChildProcessError(output.decode(errors="replace").strip()[-_OUTPUT_MAX:])
+    return output
 
 
 async def _gone(process: asyncio.subprocess.Process, name: str) -> None:

@@ -511,9 +511,9 @@ class FakeMachine(SavingMachine):
         `remember X` and `recall` use its memory, `write X` and `read` its disk. `spill N` prints N
         zero bytes on both streams, `crumbs N` sends N empty frames.
         """
-        said = wish.command
-        self.executing.append(said)
-        word, _, rest = said.partition(" ")
+        output = wish.command
+        self.executing.append(output)
+        word, _, rest = output.partition(" ")
         if word.endswith("/busybox"):
             word = rest.partition(" ")[0]
         match word:
@@ -528,17 +528,17 @@ class FakeMachine(SavingMachine):
             case "remember":
                 self.remembers["word"] = rest
             case "recall" | "hostname" | "env":
-                said = self.remembers.get({"recall": "word"}.get(word, word), "")
+                output = self.remembers.get({"recall": "word"}.get(word, word), "")
             case "write":
                 self.spec.disk.write_text(rest)
             case "read":
-                said = self.spec.disk.read_text()
+                output = self.spec.disk.read_text()
             case "spill" | "crumbs":
-                said = ""
+                output = ""
                 await _pour(word, int(rest), writer)
             case _:
                 pass
-        writer.write(wire.encode_frame(wire.Channel.STDOUT, said.encode()))
+        writer.write(wire.encode_frame(wire.Channel.STDOUT, output.encode()))
         end = ops.Ended(exit_code=0, duration_ms=1)
         writer.write(wire.encode_frame(wire.Channel.EXIT, json.dumps(encode(end)).encode()))
 
@@ -595,10 +595,10 @@ async def _take_input(
     program = programs.find(wish.pid, wish.tag)
     trouble, count = None, 0
     while frame := await _next_frame(reader, decoder):
-        at = program.told().fed if wish.offset is None else wish.offset + count
+        at = program.state().fed if wish.offset is None else wish.offset + count
         try:
             if trouble is None:
-                new = frame.payload[max(0, program.told().fed - at) :]
+                new = frame.payload[max(0, program.state().fed - at) :]
                 program.feed(new, closes=wish.closes and not frame.payload)
                 count += len(frame.payload)
         except ConflictingError as error:

@@ -46,7 +46,7 @@ class FakeProgram:
         self.wish = wish
         self._is_interpreter = (wish.tag or "").startswith("context-")
         self._is_open = wish.stdin or wish.terminal is not None
-        self._said: list[tuple[int, wire.Channel, bytes]] = []
+        self._kept: list[tuple[int, wire.Channel, bytes]] = []
         self._asked = b""
         self._hangs: str | None = None
         self._begin = self._printed = 0
@@ -75,7 +75,7 @@ class FakeProgram:
         """Its tag."""
         return self.wish.tag
 
-    def told(self) -> ops.Program:
+    def state(self) -> ops.Program:
         """Its description."""
         wish = self.wish
         return ops.Program(
@@ -141,7 +141,7 @@ class FakeProgram:
         while self.wish.command == "flood" and self.end is None:
             yield wire.encode_frame(channel, bytes(wire.FRAME_MAX))
         while True:
-            for begin, where, data in list(self._said):
+            for begin, where, data in list(self._kept):
                 if begin + len(data) > offset:
                     piece = data[max(0, offset - begin) :]
                     offset = begin + len(data)
@@ -174,8 +174,8 @@ class FakeProgram:
             case "input":
                 self._print(asked["stdin"].encode())
             case "value":
-                told = {"text": rest, "isMain": True, "truncated": False}
-                self._report(mark, "R", told)
+                result = {"text": rest, "isMain": True, "truncated": False}
+                self._report(mark, "R", result)
             case _:
                 error = {"name": "Error", "value": rest, "traceback": "at line 1"}
         self._report(mark, "E", {"error": error}, both=True)
@@ -196,9 +196,9 @@ class FakeProgram:
         if channel is None:
             on_terminal = self.wish.terminal is not None
             channel = wire.Channel.TERMINAL if on_terminal else wire.Channel.STDOUT
-        self._said.append((self._printed, channel, data[-KEPT:] if len(data) > KEPT else data))
+        self._kept.append((self._printed, channel, data[-KEPT:] if len(data) > KEPT else data))
         if len(data) > KEPT:
-            self._said[-1] = (self._printed + len(data) - KEPT, channel, data[-KEPT:])
+            self._kept[-1] = (self._printed + len(data) - KEPT, channel, data[-KEPT:])
         self._printed += len(data)
         self._begin = max(self._begin, self._printed - KEPT)
         self._changed.set()
@@ -227,28 +227,28 @@ class FakePrograms:
             AbsentError, ConflictingError, RefusedProgramError, ReusedError: see their classes.
         """
         if isinstance(wish, ops.Start):
-            return self._start(wish).told()
+            return self._start(wish).state()
         if isinstance(wish, ops.List) and wish.pid is None and wish.tag is None:
-            return ops.Programs(tuple(one.told() for one in self._by_pid.values()))
+            return ops.Programs(tuple(one.state() for one in self._by_pid.values()))
         found = self.find(wish.pid, wish.tag)
         match wish:
             case ops.List():
-                return ops.Programs((found.told(),))
+                return ops.Programs((found.state(),))
             case ops.Attach():
-                if wish.offset is not None and wish.offset > found.told().printed:
+                if wish.offset is not None and wish.offset > found.state().printed:
                     raise RefusedProgramError("cannot follow from there: it has printed less")
                 return found.attached(wish.offset)
             case ops.Signal():
                 if wish.forgets_tag:
                     found.wish = replace(found.wish, tag=None)
                 found.send(wish.number)
-                return ops.Started(found.told().pid)
+                return ops.Started(found.state().pid)
             case ops.Input():
                 found.feed(wish.data, closes=wish.closes)
                 return ops.Written(len(wish.data), wish.closes)
             case ops.Feed():
                 found.feed(b"", closes=False)
-                return ops.Fed(found.told().fed)
+                return ops.Fed(found.state().fed)
             case ops.Resize():
                 if found.size is None or found.end is not None:
                     raise ConflictingError("cannot resize: it has no terminal, or has ended")
@@ -262,7 +262,7 @@ class FakePrograms:
             return known[1]
         if wish.replaces is not None:
             last = self.find(None, wish.tag)
-            if last.told().pid != wish.replaces:
+            if last.state().pid != wish.replaces:
                 raise AbsentError(f"the process {wish.replaces} was replaced")
             last.wish = replace(last.wish, tag=None)
         asked = wish

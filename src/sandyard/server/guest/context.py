@@ -139,17 +139,17 @@ class Context:
         self._logins: dict[int, _Login] = {}
         self._capturing: dict[int, asyncio.Lock] = {}
         with contextlib.suppress(FileNotFoundError):
-            told, _ = json.JSONDecoder().raw_decode((system.RUN / "state").read_text())
-            self.token, self.env = told["token"], told["env"]
-            patience.go_by(told.get("pace"))  # an older agent wrote none
+            state, _ = json.JSONDecoder().raw_decode((system.RUN / "state").read_text())
+            self.token, self.env = state["token"], state["env"]
+            patience.go_by(state.get("pace"))  # an older agent wrote none
 
     def remember(self, *, token: str, env: Mapping[str, str], pace: float | None) -> None:
         """Adopt what the host sent, and store it for a restart of the agent."""
         self.token, self.env = token, dict(env)
         patience.go_by(pace)
         # The code interpreter of templates/ reads `env` here.
-        told = {"token": token, "env": self.env, "pace": pace}
-        system.write_private("state", json.dumps(told))
+        state = {"token": token, "env": self.env, "pace": pace}
+        system.write_private("state", json.dumps(state))
 
     async def login_environment(self, account: Account) -> dict[str, str]:
         """Return the environment of a login, captured again when a profile file has changed."""

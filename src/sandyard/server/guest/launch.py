@@ -21,14 +21,14 @@ def main() -> int:
     """Become the program; return an exit code if that is impossible."""
     root = system.open_root()
     try:
-        told = json.loads((Path("/proc/1/root") / _FILE).read_text())
-        account = system.find_account(root, told["user"] or "root")
-        env = system.plain_environment(account) | told["env"]
+        spec = json.loads((Path("/proc/1/root") / _FILE).read_text())
+        account = system.find_account(root, spec["user"] or "root")
+        env = system.plain_environment(account) | spec["env"]
         system.enter(root)
         os.setgroups(account.groups)
         os.setresgid(account.gid, account.gid, account.gid)
         os.setresuid(account.uid, account.uid, account.uid)
-        folder = str(told["workdir"] or "/")
+        folder = str(spec["workdir"] or "/")
         if folder == "~" or folder.startswith("~/"):
             folder = account.home + folder[1:]
         try:
@@ -36,14 +36,14 @@ def main() -> int:
         except OSError as error:
             sys.stderr.write(f"sandyard: cannot enter {folder}: {error.strerror}\n")
             os.chdir("/")
-        return _become(told, env)
+        return _become(spec, env)
     except (OSError, ValueError, KeyError, TypeError, system.RefusedError) as error:
         sys.stderr.write(f"sandyard: cannot start the template's command: {error}\n")
         return _CANNOT
 
 
-def _become(told: dict[str, object], env: dict[str, str]) -> int:
-    shell, argv = told.get("shell"), told.get("argv")
+def _become(spec: dict[str, object], env: dict[str, str]) -> int:
+    shell, argv = spec.get("shell"), spec.get("argv")
     if isinstance(shell, str):
         programs = shell_programs(SHELLS, "-c", shell)
     elif isinstance(argv, list) and argv:

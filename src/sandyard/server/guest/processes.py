@@ -318,15 +318,15 @@ async def _start_on_terminal(
         if spec.script is not None:
             streams[SCRIPT] = script = os.memfd_create("script")
             os.pwrite(script, spec.script, 0)
-        told = spec.on_terminal or _nobody
-        told(terminal, os.getpid())
+        on_terminal = spec.on_terminal or _nobody
+        on_terminal(terminal, os.getpid())
         try:
             # Not by vfork: only a child of its own can make the terminal its session's.
             pid = await _fork(spec, cgroup, root_fd, streams)
         except BaseException:
-            told(terminal, None)
+            on_terminal(terminal, None)
             raise
-        told(terminal, pid)
+        on_terminal(terminal, pid)
         return Process(pid, os.pidfd_open(pid), cgroup, None, master, None, terminal=terminal)
     except BaseException:
         if master is not None:
@@ -449,7 +449,7 @@ async def _fork(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int
             os.close(child_trouble)
         try:
             async with asyncio.timeout(patient(_FOLDER_LIMIT_S)):
-                said = await _read_all(trouble)
+                problem = await _read_all(trouble)
         except BaseException as error:
             await _end_child(pid)
             if isinstance(error, TimeoutError):
@@ -458,9 +458,9 @@ async def _fork(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int
                 )
                 raise NoFolderError(message) from error
             raise
-    if said:
+    if problem:
         os.waitpid(pid, 0)
-        message = said.decode(errors="replace")
+        message = problem.decode(errors="replace")
         is_folder = message.startswith(f"cannot {_CHANGE} ")
         raise NoFolderError(message) if is_folder else NoStartError(message)
     return pid
@@ -530,10 +530,10 @@ class _Mounts:
 
     def _look(self) -> bool:
         self._file.seek(0)
-        said = b""
+        content = b""
         while more := self._file.read(1 << 16):
-            said += more
-        return not all(_is_local(line) for line in said.splitlines())
+            content += more
+        return not all(_is_local(line) for line in content.splitlines())
 
 
 def _is_local(mount: bytes) -> bool:
@@ -638,13 +638,13 @@ async def readable(descriptor: int) -> None:
 
 async def _read_all(descriptor: int) -> bytes:
     os.set_blocking(descriptor, False)
-    said = b""
+    content = b""
     while True:
         await readable(descriptor)
         data = os.read(descriptor, 4096)
         if not data:
-            return said
-        said += data
+            return content
+        content += data
 
 
 def _resolve(future: "asyncio.Future[None]") -> None:

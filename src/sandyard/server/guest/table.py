@@ -70,14 +70,14 @@ class Entry:
     def __init__(
         self,
         process: processes.Process,
-        told: ops.Program,
+        started: ops.Program,
         waits_s: float,
         hang_up_s: float | None = None,
         at_end: Callable[[], None] | None = None,
     ) -> None:
         self.ring = Ring(RING)
         self.end: ops.Ended | None = None
-        self.told = told
+        self.started = started
         self.fed = 0
         self._process = process
         self._readers = [Reader(one) for one in (process.stdout, process.stderr) if one is not None]
@@ -239,17 +239,17 @@ class Entry:
 
     def program(self) -> ops.Program:
         """Return its description."""
-        told = self.told
+        started = self.started
         return ops.Program(
-            pid=told.pid,
-            command=told.command,
-            cwd=told.cwd,
-            user=told.user,
-            started_ms=told.started_ms,
+            pid=started.pid,
+            command=started.command,
+            cwd=started.cwd,
+            user=started.user,
+            started_ms=started.started_ms,
             printed=self.ring.end,
-            tag=told.tag,
+            tag=started.tag,
             takes_input=self._process.stdin is not None or self._process.is_terminal,
-            terminal=told.terminal,
+            terminal=started.terminal,
             ended_ms=self._ended_ms,
             end=self.end,
             fed=self.fed,
@@ -272,7 +272,7 @@ class Entry:
 
     def forget_tag(self) -> None:
         """Remove its tag, so that only its pid finds it."""
-        self.told = replace(self.told, tag=None)
+        self.started = replace(self.started, tag=None)
 
     async def feed(
         self, data: bytes, *, closes: bool, limit_s: float | None = None, at: int | None = None
@@ -295,8 +295,8 @@ class Entry:
                 if at is not None:
                     if at > self.fed:
                         raise ConflictingError(
-                            f"cannot write to the process {self.told.pid} at byte {at}: its input "
-                            f"has {self.fed}"
+                            f"cannot write to the process {self.started.pid} at byte {at}: its "
+                            f"input has {self.fed}"
                         )
                     written = min(len(data), self.fed - at)
                 while written < len(whole):
@@ -328,7 +328,7 @@ class Entry:
             return 0
         except OSError as error:
             raise ConflictingError(
-                f"cannot write to the process {self.told.pid}: it has closed its input"
+                f"cannot write to the process {self.started.pid}: it has closed its input"
             ) from error
 
     def expect_much(self) -> None:
@@ -351,8 +351,8 @@ class Entry:
         if self.end is not None:
             raise ConflictingError(self._over("write to it"))
         raise ConflictingError(
-            f"cannot write to the process {self.told.pid}: it was started without stdin, or that "
-            "was closed"
+            f"cannot write to the process {self.started.pid}: it was started without stdin, or "
+            "that was closed"
         )
 
     def close_input(self) -> None:
@@ -382,13 +382,13 @@ class Entry:
         """
         process = self._process
         if not process.is_terminal:
-            raise ConflictingError(f"cannot resize: the process {self.told.pid} has no terminal")
+            raise ConflictingError(f"cannot resize: the process {self.started.pid} has no terminal")
         if self.end is not None or process.stdout is None:
             raise ConflictingError(self._over("resize its terminal"))
         processes.set_size(process.stdout, size.columns, size.rows)
 
     def _over(self, doing: str) -> str:
-        return f"cannot {doing}: the process {self.told.pid} has ended"
+        return f"cannot {doing}: the process {self.started.pid} has ended"
 
 
 class Table:
@@ -410,8 +410,8 @@ class Table:
         are kept after that.
         """
         assert self._tasks is not None
-        self._entries.pop(entry.told.pid, None)
-        self._entries[entry.told.pid] = entry
+        self._entries.pop(entry.started.pid, None)
+        self._entries[entry.started.pid] = entry
         self._tasks.create_task(self._see_through(entry, limit_s, keeps_end))
 
     async def _see_through(self, entry: Entry, limit_s: float | None, keeps_end: bool) -> None:
@@ -424,8 +424,8 @@ class Table:
         if keeps_end:
             self._ended.append((time.monotonic(), entry))
             self._sweep()
-        elif self._entries.get(entry.told.pid) is entry:
-            del self._entries[entry.told.pid]
+        elif self._entries.get(entry.started.pid) is entry:
+            del self._entries[entry.started.pid]
 
     def living(self) -> int:
         """Return the number of running processes."""
@@ -435,8 +435,8 @@ class Table:
         now = time.monotonic()
         while self._ended and (len(self._ended) > ENDED_MAX or now - self._ended[0][0] > _KEPT_S):
             _, entry = self._ended.pop(0)
-            if self._entries.get(entry.told.pid) is entry:
-                del self._entries[entry.told.pid]
+            if self._entries.get(entry.started.pid) is entry:
+                del self._entries[entry.started.pid]
             if not entry.is_followed:
                 entry.ring.forget()
         kept = 0
@@ -466,7 +466,7 @@ class Table:
 
     def last_with(self, tag: str | None) -> Entry | None:
         """Return the process that was started last with a tag."""
-        same = (one for one in reversed(self._entries.values()) if one.told.tag == tag)
+        same = (one for one in reversed(self._entries.values()) if one.started.tag == tag)
         return None if tag is None else next(same, None)
 
     def programs(self) -> list[ops.Program]:

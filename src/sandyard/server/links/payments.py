@@ -169,11 +169,13 @@ class StripePayments(Payments):
                 "cannot accept this event: it is not signed by the payment provider, or too old"
             ) from error
         event = json.loads(payload)
-        told = event["data"]["object"]
+        subject = event["data"]["object"]
         if event["type"] in _REFUNDED:
-            return await self._refunded(told["id" if told["object"] == "charge" else "charge"])
+            return await self._refunded(
+                subject["id" if subject["object"] == "charge" else "charge"]
+            )
         if event["type"].startswith(_DISPUTED):
-            return await self._disputed(told["id"])
+            return await self._disputed(subject["id"])
         return self._paid(event)
 
     async def _refunded(self, charge_id: str) -> Reversal | None:
@@ -219,32 +221,32 @@ class StripePayments(Payments):
 
     def _paid(self, event: Any) -> Payment | None:
         """Return the payment that an event reports."""
-        told = event["data"]["object"]
-        org_id = (told.get("metadata") or {}).get("org_id")
-        key = (told.get("metadata") or {}).get("key")
-        customer = told.get("customer")
+        subject = event["data"]["object"]
+        org_id = (subject.get("metadata") or {}).get("org_id")
+        key = (subject.get("metadata") or {}).get("key")
+        customer = subject.get("customer")
         is_automatic = event["type"] == _CHARGED
         if is_automatic:
             # Checkouts have their own payments, with their own events.
-            if (told.get("metadata") or {}).get("kind") != _AUTOMATIC:
+            if (subject.get("metadata") or {}).get("kind") != _AUTOMATIC:
                 return None
-            amount = told["amount_received"]
-        elif event["type"] in _PAID and told["payment_status"] == "paid":
-            amount = told["amount_total"]
+            amount = subject["amount_received"]
+        elif event["type"] in _PAID and subject["payment_status"] == "paid":
+            amount = subject["amount_total"]
         else:
             return None  # if the money arrives later, another event follows
-        if told["currency"] != self._currency or not isinstance(org_id, str):
+        if subject["currency"] != self._currency or not isinstance(org_id, str):
             log.error(
                 "cannot credit a payment: its currency is %s and its organization %s",
-                told["currency"],
+                subject["currency"],
                 org_id,
-                extra={"reference": told["id"]},
+                extra={"reference": subject["id"]},
             )
             return None
         return Payment(
             org_id=org_id,
             amount_cents=int(amount),
-            reference=str(told["id"]),
+            reference=str(subject["id"]),
             customer_id=customer if isinstance(customer, str) else None,
             is_automatic=is_automatic,
             key=key if is_automatic and isinstance(key, str) else None,

@@ -176,15 +176,15 @@ class JwtSessions(Sessions):
         async with httpx.AsyncClient(timeout=_LIMIT_S, follow_redirects=False) as client:
             if self._keys_url is None:
                 place = f"{self._provider.issuer.rstrip('/')}/.well-known/openid-configuration"
-                said = await _json_of(client, place)
-                if said["issuer"] != self._provider.issuer:
+                document = await _json_of(client, place)
+                if document["issuer"] != self._provider.issuer:
                     raise ValueError(f"{place} names another issuer")
-                keys_url = str(said["jwks_uri"])
+                keys_url = str(document["jwks_uri"])
                 if keys_url.split("://")[0] != place.split("://")[0]:
                     raise ValueError(f"{place} names keys at {keys_url}")
                 self._keys_url = keys_url
-            said = await _json_of(client, self._keys_url)
-        return _usable(said["keys"], self._provider.algorithms)
+            document = await _json_of(client, self._keys_url)
+        return _usable(document["keys"], self._provider.algorithms)
 
 
 def _usable(keys: Any, algorithms: Sequence[str]) -> Mapping[str, jwt.PyJWK]:

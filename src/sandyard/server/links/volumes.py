@@ -380,8 +380,10 @@ def _taken(place: Path) -> int:
     if not place.exists():
         return 0
     # Of its own accord it follows no link; what goes meanwhile makes it exit with 1.
-    said = _run("du", "--summarize", "--one-file-system", "--block-size=1", str(place), fine=(0, 1))
-    return int(said.split()[0]) if said else 0  # it went meanwhile
+    output = _run(
+        "du", "--summarize", "--one-file-system", "--block-size=1", str(place), fine=(0, 1)
+    )
+    return int(output.split()[0]) if output else 0  # it went meanwhile
 
 
 def _remove_tree(place: Path) -> None:

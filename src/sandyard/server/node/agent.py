@@ -230,9 +230,9 @@ class AgentLink:
                     writer.write(encode_request(request))
                     await writer.drain()
                     decoder = Decoder()
-                    said = await _next_answer(reader, decoder)
-                _refuse(said, is_for_user=operation.asked_by_users)
-                answer = answer_of(operation, said.values)
+                    reply = await _next_answer(reader, decoder)
+                _refuse(reply, is_for_user=operation.asked_by_users)
+                answer = answer_of(operation, reply.values)
             except VersionError as error:
                 raise OtherVersionError(
                     f"cannot use the agent of the sandbox, which is of another version: {error}"
@@ -247,7 +247,7 @@ class AgentLink:
             stream = AgentStream(reader, writer, decoder.take_raw(), self, last)
             yield Opened(answer, stream)
             is_over = last is None or last.is_whole
-            if again and said.again and is_over and not stream.has_more and not stream.is_written:
+            if again and reply.again and is_over and not stream.has_more and not stream.is_written:
                 held.pop_all()
                 self._keep(reader, writer)
 
@@ -314,13 +314,13 @@ def _broken_off() -> bytes:
     raise UnavailableError("the agent broke off in the middle of a command")
 
 
-def _refuse(said: Answer, *, is_for_user: bool) -> None:
+def _refuse(answer: Answer, *, is_for_user: bool) -> None:
     """Raise the error for an agent's refusal.
 
     Its text is used only for requests of users (`is_for_user`): a guest must not influence its
     node's own operations.
     """
-    match said.error:
+    match answer.error:
         case None:
             return
         case Refusal.UNAUTHORIZED:
@@ -328,13 +328,13 @@ def _refuse(said: Answer, *, is_for_user: bool) -> None:
                 "cannot use the agent of the sandbox: it does not accept its token; restart it"
             )
         case Refusal.UNSUPPORTED:
-            raise UnsupportedError(said.message or "the agent does not know the operation")
+            raise UnsupportedError(answer.message or "the agent does not know the operation")
         case Refusal.BUSY:
-            raise meaning_of(said.error, said.message if is_for_user else "")
+            raise meaning_of(answer.error, answer.message if is_for_user else "")
         case _ if is_for_user:
-            raise meaning_of(said.error, said.message)
+            raise meaning_of(answer.error, answer.message)
         case _:
-            raise InvalidArgumentError(said.message or "the agent refused")
+            raise InvalidArgumentError(answer.message or "the agent refused")
 
 
 async def _next_answer(reader: asyncio.StreamReader, decoder: Decoder) -> Answer:

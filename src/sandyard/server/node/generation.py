@@ -15,14 +15,14 @@ class Generation:
     def of(self, report: NodeReport) -> NodeReport:
         """Return a report with its generation. Free capacity is ignored, because it changes
         constantly."""
-        said: tuple[object, ...] = (
+        facts: tuple[object, ...] = (
             report.machines,
             report.snapshots,
             report.missing,
             report.is_short_of_memory,
         )
-        said += (report.templates, report.versions)
-        if said != self._last:
+        facts += (report.templates, report.versions)
+        if facts != self._last:
             self._count += 1
-            self._last = said
+            self._last = facts
         return replace(report, generation=self._count)

@@ -123,7 +123,7 @@ class NodeMembership:
         while True:
             sent = self._boot_time()
             try:
-                welcome = await self._said(lambda one: one.hello(self._node_id, self._hello()))
+                welcome = await self._call(lambda one: one.hello(self._node_id, self._hello()))
             except (NotFoundError, UnauthenticatedError):
                 raise
             except ConflictError:
@@ -162,9 +162,9 @@ class NodeMembership:
             try:
                 grant: Grant
                 try:
-                    grant = await self._said(say)
+                    grant = await self._call(say)
                 except InvalidArgumentError:  # the view cannot be read there
-                    grant = await self._said(partial(self._beat, Beat(epoch)))
+                    grant = await self._call(partial(self._beat, Beat(epoch)))
                 self._lease_ends = sent + grant.lease_s
                 self._know(grant.door)
                 is_other = grant.trust not in ("", trust)
@@ -188,7 +188,7 @@ class NodeMembership:
     async def _beat(self, beat: Beat, registry: Presence) -> Grant:
         return await registry.beat(self._node_id, beat)
 
-    async def _said(self, say: Callable[[Presence], Awaitable[_T]]) -> _T:
+    async def _call(self, say: Callable[[Presence], Awaitable[_T]]) -> _T:
         trouble: UnavailableError | None = None
         for number, registry in enumerate(self._registries):
             try:

@@ -203,16 +203,16 @@ class Requests:
         return tuple(islice(found, CONNECTIONS_MAX))
 
     async def _read_console(self, sandbox_id: str) -> bytes:
-        said = None
+        console = None
         with suppress(NotFoundError):
             body = self._owners.find(sandbox_id).resident.body
-            said = await in_thread(read_console, body.folder)
-        if not said:
+            console = await in_thread(read_console, body.folder)
+        if not console:
             # Nothing yet; an earlier start that failed may have left something.
-            said = await in_thread(self._consoles.find, sandbox_id) or said
-        if said is None:
+            console = await in_thread(self._consoles.find, sandbox_id) or console
+        if console is None:
             raise nothing_here(sandbox_id)
-        return said
+        return console
 
     async def _withdraw(self, workspace_id: str) -> None:
         async with asyncio.TaskGroup() as tasks:

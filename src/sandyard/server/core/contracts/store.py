@@ -254,7 +254,7 @@ class JoinedNodeRows(Protocol):
         ...
 
     async def beat(
-        self, said: Collection[tuple[str, int]], *, lasts: timedelta
+        self, beats: Collection[tuple[str, int]], *, lasts: timedelta
     ) -> frozenset[tuple[str, int]]:
         """Extend the leases of nodes, each given with its epoch. Return those whose epoch is still
         the latest."""

@@ -181,14 +181,14 @@ class Api:
         schema.check(what, body, call.takes)
         try:
             answer = await self._client.request(method, path, json=body, timeout=limit_s)
-            said = answer.json() if answer.content else None
+            content = answer.json() if answer.content else None
         except (httpx.HTTPError, OSError, ValueError) as error:
             raise UnavailableError(f"cannot reach Firecracker ({what}): {error!r}") from error
         if answer.is_success:
-            schema.check(f"the answer to {what}", said, call.answers)
-            return said or {}
-        schema.check(f"the refusal of {what}", said, schema.ERROR)
-        message = str(said["fault_message"]) if said else ""
+            schema.check(f"the answer to {what}", content, call.answers)
+            return content or {}
+        schema.check(f"the refusal of {what}", content, schema.ERROR)
+        message = str(content["fault_message"]) if content else ""
         if _FULL.search(message):
             raise NoCapacityError("cannot do this: the host's disk is full; free some space")
         raise RefusedError(f"Firecracker refused {what}: {message[:500]}")

@@ -96,7 +96,7 @@ class FirecrackerMachine(SavingMachine):
         self._handle = handle
         self._console = open_pipe(jail.folder / CONSOLE)
         self._log = open_pipe(jail.folder / LOG)
-        self._said = self._last_words = b""
+        self._console_tail = self._last_words = b""
         self._standstill = Standstill()
         self._is_closed = False
 
@@ -123,23 +123,23 @@ class FirecrackerMachine(SavingMachine):
     def trouble(self) -> str:
         """Return Firecracker's last error message, if any."""
         lines = self._last_words.decode(errors="replace").splitlines()
-        told = [one.split("] ", 1)[-1] for one in lines if re.search(r"rror|xiting|fail", one)]
-        return told[-1][:300] if told else ""
+        problems = [one.split("] ", 1)[-1] for one in lines if re.search(r"rror|xiting|fail", one)]
+        return problems[-1][:300] if problems else ""
 
     @override
     async def console(self) -> bytes:
-        said = read_pipe(self._console) if self._console is not None else b""
-        self._said = (self._said + said)[-TAIL:]
+        output = read_pipe(self._console) if self._console is not None else b""
+        self._console_tail = (self._console_tail + output)[-TAIL:]
         if self._log is not None:
             # Needed only at the end, but a full pipe would block Firecracker's log.
             self._last_words = (self._last_words + read_pipe(self._log))[-TAIL:]
-        return said
+        return output
 
     @override
     async def stall(self) -> End | None:
         """Tell why a halted guest stands still. A full disk is not a reason here: the guest sees an
         I/O error."""
-        if says_halted(self._said):
+        if says_halted(self._console_tail):
             with suppress(SandyardError):
                 stands = self._standstill.is_found(self.pid, _processors_of(self.pid))
                 return HALTED if stands and not await self.is_paused() else None
@@ -149,7 +149,7 @@ class FirecrackerMachine(SavingMachine):
     async def wait(self) -> End:
         await self._process.wait()
         await self.console()
-        if (end := end_of_guest(self._said)) is not None:
+        if (end := end_of_guest(self._console_tail)) is not None:
             return end
         return _SHUTDOWN if b"exit_code=0" in self._last_words else _DIED
 
@@ -306,7 +306,7 @@ class FirecrackerDriver(SavingDriver):
                 arguments=f"{_ARGUMENTS} {spec.arguments} sandyard.probe",
             )
             await api.start()
-            said, clock = b"", asyncio.get_running_loop().time
+            output, clock = b"", asyncio.get_running_loop().time
             started = clock()
             try:
                 async with asyncio.timeout(spec.limit_s):
@@ -314,8 +314,8 @@ class FirecrackerDriver(SavingDriver):
                     while lives:
                         # Before its output is read, which may end with what is waited for.
                         lives = start_time(process.pid) is not None
-                        said += await machine.console()
-                        if _PROBE_PASSED in said:
+                        output += await machine.console()
+                        if _PROBE_PASSED in output:
                             return Verdict(
                                 True,
                                 f"Firecracker {version}: a probe machine booted",
@@ -328,7 +328,7 @@ class FirecrackerDriver(SavingDriver):
                     False,
                     f"a probe machine did not come up within {spec.limit_s:g} s: its kernel "
                     "does not run under this host's KVM",
-                    is_certain=not said,
+                    is_certain=not output,
                 )
             why = machine.trouble() or "it ended at once"
             return Verdict(False, f"a probe machine did not boot: {why}")
@@ -525,12 +525,12 @@ def _processors_of(pid: int) -> Iterator[int]:
 
 async def _version_of(name: str, binary: str) -> str:
     try:
-        said = await output_of([binary, "--version"], limit_s=_VERSION_LIMIT_S)
+        output = await output_of([binary, "--version"], limit_s=_VERSION_LIMIT_S)
     except TimeoutError as error:
         raise UnavailableError(f"cannot run {binary}: it does not come to an end") from error
     except OSError as error:
         raise UnavailableError(f"cannot run {binary}: {error.strerror or error}") from error
-    match = re.search(rb"v(\d+\.\d+\.\d+)", said)
+    match = re.search(rb"v(\d+\.\d+\.\d+)", output)
     if match is None:
-        raise UnavailableError(f"cannot tell the version of {name} from {said[:80]!r}")
+        raise UnavailableError(f"cannot tell the version of {name} from {output[:80]!r}")
     return match[1].decode()

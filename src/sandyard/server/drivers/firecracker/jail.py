@@ -184,8 +184,8 @@ class Jail:
         try:
             await output_of(command, limit_s=_LIMIT_S, to=console)
         except ChildProcessError as error:
-            said = last_line(read_pipe(console))
-            raise InternalError(f"Firecracker's jailer failed: {said}") from error
+            output = last_line(read_pipe(console))
+            raise InternalError(f"Firecracker's jailer failed: {output}") from error
         except TimeoutError as error:
             raise InternalError("Firecracker's jailer does not come to an end") from error
         except OSError as error:
@@ -242,20 +242,20 @@ def open_pipe(path: Path) -> int | None:
 
 def read_pipe(descriptor: int) -> bytes:
     """Return the content of a pipe; its size is limited."""
-    said = b""
+    output = b""
     with contextlib.suppress(BlockingIOError):
         while piece := os.read(descriptor, 65536):
-            said += piece
-            if len(said) >= 4 * _PIPE_SIZE:
+            output += piece
+            if len(output) >= 4 * _PIPE_SIZE:
                 break
-    return said
+    return output
 
 
-def last_line(said: bytes) -> str:
+def last_line(output: bytes) -> str:
     """Return the last line of a text, without a panic's advice to programmers."""
-    lines = said.decode(errors="replace").strip().splitlines()
-    told = [one for one in lines if not one.startswith("note: run with `RUST_BACKTRACE")]
-    return told[-1][:500] if told else "it said nothing"
+    lines = output.decode(errors="replace").strip().splitlines()
+    messages = [one for one in lines if not one.startswith("note: run with `RUST_BACKTRACE")]
+    return messages[-1][:500] if messages else "it said nothing"
 
 
 def cgroup_arguments(group: str) -> list[str]:

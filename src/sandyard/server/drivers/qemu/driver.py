@@ -100,7 +100,7 @@ class QemuMachine(SavingMachine):
         self._handle = handle
         self._uid = int(handle["uid"])
         self._is_closed = self._is_held = False
-        self._said = self._unheard = b""
+        self._console_tail = self._unheard = b""
         self._standstill = Standstill()
 
     @property
@@ -124,11 +124,11 @@ class QemuMachine(SavingMachine):
         with contextlib.suppress(UnavailableError):
             data = await self._monitor.call("ringbuf-read", arguments)
             if isinstance(data, str):
-                said = base64.b64decode(data)
-                self._said = (self._said + said)[-TAIL:]
+                output = base64.b64decode(data)
+                self._console_tail = (self._console_tail + output)[-TAIL:]
                 # What was read for the machine's end is also part of the next answer.
-                said, self._unheard = self._unheard + said, b""
-                return said
+                output, self._unheard = self._unheard + output, b""
+                return output
         return b""
 
     @override
@@ -150,7 +150,7 @@ class QemuMachine(SavingMachine):
         return _DISK_FULL
 
     async def _has_halted(self) -> bool:
-        if not says_halted(self._said):
+        if not says_halted(self._console_tail):
             return False
         with contextlib.suppress(UnavailableError):
             return self._standstill.is_found(self.pid, await self._monitor.processors())
@@ -266,7 +266,9 @@ class QemuMachine(SavingMachine):
         if status in ("GUEST_PANICKED", "guest-panicked"):
             return PANICKED
         self._unheard += await self.console()
-        return end_of_guest(self._said) or (_BROKEN if status == _BROKEN_STATUS else _SHUTDOWN)
+        return end_of_guest(self._console_tail) or (
+            _BROKEN if status == _BROKEN_STATUS else _SHUTDOWN
+        )
 
     async def _first_status(self) -> str:
         # An event that came before this connection is lost; the run state is not.
@@ -288,7 +290,7 @@ class _Stderr:
     def __init__(self) -> None:
         self._reader, self.writer = os.pipe()
         os.set_blocking(self._reader, False)
-        self._said = b""
+        self._tail = b""
 
     def __enter__(self) -> Self:
         return self
@@ -311,14 +313,14 @@ class _Stderr:
         """Return the end of what has arrived."""
         while self._read():
             pass
-        return self._said.decode(errors="replace").strip()
+        return self._tail.decode(errors="replace").strip()
 
     def _read(self) -> bytes | None:
         try:
             data = os.read(self._reader, 4096)
         except BlockingIOError:
             return None
-        self._said = (self._said + data)[-1000:]
+        self._tail = (self._tail + data)[-1000:]
         return data
 
 
@@ -419,13 +421,13 @@ class QemuDriver(SavingDriver):
                 is_certain=is_silent,
             )
         except (OSError, SandyardError) as error:
-            said = (str(error) or "no end in time").splitlines()[0]
+            problem = (str(error) or "no end in time").splitlines()[0]
             if _has_passed(console):  # how it ended does not matter any more
                 return Verdict(True, _PASSED)
-            if _NO_DEVICE_OPTION in said:
+            if _NO_DEVICE_OPTION in problem:
                 return Verdict(False, _TOO_OLD, is_certain=False)
             # A missing program or a full disk, say: that may change.
-            reason = f"a probe machine did not come up: {said}"
+            reason = f"a probe machine did not come up: {problem}"
             return Verdict(False, reason, is_certain=False)
         if _has_passed(console):
             return Verdict(True, f"QEMU {version}: {_PASSED}", took_s=took_s)
@@ -605,10 +607,10 @@ class QemuDriver(SavingDriver):
 
 async def _version_of(binary: str) -> str:
     try:
-        said = await output_of([binary, "--version"], limit_s=_START_LIMIT_S)
+        output = await output_of([binary, "--version"], limit_s=_START_LIMIT_S)
     except (OSError, ChildProcessError, TimeoutError) as error:
         raise UnavailableError(f"cannot run {binary}: {error}") from error
-    words = said.decode(errors="replace").split()
+    words = output.decode(errors="replace").split()
     return words[words.index("version") + 1] if "version" in words else "unknown"
 
 

@@ -130,7 +130,7 @@ async def _connect(context: Context, host: str, port: int) -> socket.socket:
             ours.setblocking(False)
             async with asyncio.timeout(_CONNECT_S):
                 await processes.readable(ours.fileno())
-            said, descriptors, _, _ = socket.recv_fds(ours, 1000, 1)
+            problem, descriptors, _, _ = socket.recv_fds(ours, 1000, 1)
         except TimeoutError:
             raise AbsentError(f"cannot connect to {host} port {port}: it does not answer") from None
         finally:
@@ -139,9 +139,8 @@ async def _connect(context: Context, host: str, port: int) -> socket.socket:
             os.waitpid(pid, 0)
             os.close(pidfd)
     if not descriptors:
-        raise AbsentError(
-            f"cannot connect to {host} port {port}: {said.decode(errors='replace') or 'it failed'}"
-        )
+        why = problem.decode(errors="replace") or "it failed"
+        raise AbsentError(f"cannot connect to {host} port {port}: {why}")
     there = socket.socket(fileno=descriptors[0])
     there.setblocking(False)
     is_here = there.getsockname()[0] == there.getpeername()[0]
@@ -198,8 +197,8 @@ async def _accept(context: Context, listener: socket.socket, connection: socket.
             waiting.add(number)
             loop.call_later(_UNTAKEN_S, context.callers.drop, number)
             host, port = ("", 0) if isinstance(address, str | bytes) else address[:2]
-            told = json.dumps(encode(ops.Caller(number, host, port))).encode()
-            await loop.sock_sendall(connection, wire.encode_frame(wire.Channel.STDOUT, told))
+            payload = json.dumps(encode(ops.Caller(number, host, port))).encode()
+            await loop.sock_sendall(connection, wire.encode_frame(wire.Channel.STDOUT, payload))
     finally:
         for number in waiting:
             context.callers.drop(number)

@@ -35,7 +35,7 @@ async def execute(
         is_kept=False,
     )
     with entry.followed(0) as follower:
-        await answer(connection, ops.Started(entry.told.pid), again=again)
+        await answer(connection, ops.Started(entry.started.pid), again=again)
         hear = hear_input if wish.stdin else hear_end
         if not await tell(entry, follower, connection, hear(entry, connection, decoder)):
             await entry.stop()  # the client that waited for the result is gone

@@ -580,11 +580,11 @@ class _Child:
                 "fs.inotify.max_user_watches and max_user_instances of the sandbox",
             ) from error
         self._answer(ops.Done())
-        with select.epoll() as told:
-            told.register(watcher.fileno(), select.EPOLLIN)
-            told.register(self._connection, select.EPOLLRDHUP | select.EPOLLIN)
+        with select.epoll() as poller:
+            poller.register(watcher.fileno(), select.EPOLLIN)
+            poller.register(self._connection, select.EPOLLRDHUP | select.EPOLLIN)
             while not watcher.is_over:
-                events = dict(told.poll())
+                events = dict(poller.poll())
                 asked = events.get(self._connection.fileno(), 0)
                 if asked & ~select.EPOLLIN:
                     return  # the host has disconnected

@@ -129,7 +129,7 @@ async def _by_child(
         os.waitpid(processes.fork(body), 0)
     finally:
         os.close(writing)
-    said = bytearray()
+    output = bytearray()
     try:
         async with asyncio.timeout(_LIMIT_S):
             while not is_done():
@@ -139,22 +139,22 @@ async def _by_child(
                 with contextlib.suppress(BlockingIOError):
                     if not (more := os.read(reading, _ROOM)):
                         break
-                    said += more
-                    if said[_HEAD:] == _FINE:  # its end may take as long as it likes
+                    output += more
+                    if output[_HEAD:] == _FINE:  # its end may take as long as it likes
                         break
             else:
                 return
     except BaseException as error:
-        if len(said) >= _HEAD:
+        if len(output) >= _HEAD:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(struct.unpack_from("=I", said)[0], signal.SIGKILL)
+                os.kill(struct.unpack_from("=I", output)[0], signal.SIGKILL)
         if isinstance(error, TimeoutError):
             raise RefusedError("cannot mount workspaces: their server does not answer") from error
         raise
     finally:
         os.close(reading)
-    if (told := bytes(said[_HEAD:])) != _FINE:
-        why = told.decode(errors="replace") or "it was broken off"
+    if (problem := bytes(output[_HEAD:])) != _FINE:
+        why = problem.decode(errors="replace") or "it was broken off"
         raise RefusedError(f"cannot mount workspaces: {why}")
 
 

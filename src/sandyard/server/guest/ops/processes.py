@@ -106,7 +106,7 @@ async def start(
             root_fd=context.root_fd,
             wants_stdin=wish.stdin,
         )
-    told = ops.Program(
+    started = ops.Program(
         pid=process.pid,
         command=shown(wish.command or shlex.join(wish.argv) or name),
         cwd=cwd,
@@ -119,11 +119,13 @@ async def start(
     at_end = None
     if note is not None and process.terminal is not None:
         at_end = partial(note, process.terminal, None)
-    entry = Entry(process, told, waits_s=_FIRST_READER_S, hang_up_s=wish.hang_up_s, at_end=at_end)
+    entry = Entry(
+        process, started, waits_s=_FIRST_READER_S, hang_up_s=wish.hang_up_s, at_end=at_end
+    )
     limit_s = None if wish.timeout_ms is None else wish.timeout_ms / 1000
     if wish.replaces is not None:
         last = context.table.last_with(wish.tag)
-        if last is None or last.told.pid != wish.replaces:
+        if last is None or last.started.pid != wish.replaces:
             entry.forget_tag()
             context.table.keep(entry, limit_s=limit_s, keeps_end=False)
             with contextlib.suppress(ConflictingError):  # it may have ended already
@@ -272,12 +274,12 @@ async def _attach(
     entry = context.table.find(wish.pid, wish.tag)
     if wish.offset is not None and not 0 <= wish.offset <= entry.ring.end:
         raise RefusedError(
-            f"cannot follow the process {entry.told.pid} from byte {wish.offset}: it has printed "
-            f"{entry.ring.end}"
+            f"cannot follow the process {entry.started.pid} from byte {wish.offset}: it has "
+            f"printed {entry.ring.end}"
         )
     with entry.followed(wish.offset) as follower:
         lost = 0 if wish.offset is None else follower.offset - wish.offset
-        await answer(connection, ops.Attached(entry.told.pid, follower.offset, lost))
+        await answer(connection, ops.Attached(entry.started.pid, follower.offset, lost))
         await tell(entry, follower, connection, hear_input(entry, connection, decoder))
 
 
@@ -376,7 +378,7 @@ def _send_signal(context: Context, wish: ops.Signal) -> ops.Started:
     if wish.forgets_tag:
         entry.forget_tag()
     entry.signal(wish.number, everything=wish.everything)
-    return ops.Started(entry.told.pid)
+    return ops.Started(entry.started.pid)
 
 
 async def _pour(

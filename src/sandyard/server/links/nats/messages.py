@@ -94,15 +94,17 @@ def failure(error: SandyardError) -> dict[str, object]:
     }
 
 
-def failed(told: object) -> SandyardError:
+def failed(values: object) -> SandyardError:
     """Return the error from its JSON form."""
-    told = _plain(told)
-    if not isinstance(told, dict):
+    values = _plain(values)
+    if not isinstance(values, dict):
         return InternalError("a node sent an error in an unknown format")
-    facts = told.get("facts")
+    facts = values.get("facts")
     known = {
         str(name): one
         for name, one in (facts.items() if isinstance(facts, dict) else ())
         if isinstance(one, str | int)
     }
-    return error_of(str(told.get("kind")), str(told.get("code")), str(told.get("message")), known)
+    return error_of(
+        str(values.get("kind")), str(values.get("code")), str(values.get("message")), known
+    )

@@ -79,20 +79,24 @@ async def _answered(registry: Presence, link: Link, heard: NatsMessage) -> None:
     try:
         # Done after its caller gave up, it could undo what was done since.
         async with asyncio.timeout(_ANSWER_S):
-            said: dict[str, object] = {"value": encode(await _said(registry, node_id, word, heard))}
+            reply: dict[str, object] = {
+                "value": encode(await _registered(registry, node_id, word, heard))
+            }
     except TimeoutError:
         return
     except SandyardError as error:
-        said = failure(error)
+        reply = failure(error)
     except Exception as error:  # answered as an internal error
         log.exception("unexpected error while handling a node's message")
-        said = failure(InternalError(f"cannot answer the request: {error}"))
-    await link.answer(heard, said)
+        reply = failure(InternalError(f"cannot answer the request: {error}"))
+    await link.answer(heard, reply)
     if word == "hello":
         await asyncio.sleep(_HELLOS_S)
 
 
-async def _said(registry: Presence, node_id: str, word: str, heard: NatsMessage) -> Welcome | Grant:
+async def _registered(
+    registry: Presence, node_id: str, word: str, heard: NatsMessage
+) -> Welcome | Grant:
     try:
         if word == "hello":
             return await registry.hello(node_id, decode(Hello, heard.values))

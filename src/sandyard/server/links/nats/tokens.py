@@ -174,8 +174,8 @@ def _token(
         body["exp"] = int(ends.timestamp())
     body["jti"] = sha256(json.dumps(body).encode()).hexdigest()[:32]
     head = _written({"typ": "JWT", "alg": "ed25519-nkey"})
-    said = f"{head}.{_written(body)}"
-    return f"{said}.{_base64(signer.sign(said.encode()))}"
+    signed = f"{head}.{_written(body)}"
+    return f"{signed}.{_base64(signer.sign(signed.encode()))}"
 
 
 def signature_of(key: Key, nonce: bytes) -> bytes:

@@ -152,10 +152,10 @@ class JoinedNodeTable(JoinedNodeRows):
 
     @override
     async def beat(
-        self, said: Collection[tuple[str, int]], *, lasts: timedelta
+        self, beats: Collection[tuple[str, int]], *, lasts: timedelta
     ) -> frozenset[tuple[str, int]]:
         # The ids by themselves too: for pairs, PostgreSQL searches no index.
-        current = _c.id.in_([one for one, _ in said]), tuple_(_c.id, _c.epoch).in_(list(said))
+        current = _c.id.in_([one for one, _ in beats]), tuple_(_c.id, _c.epoch).in_(list(beats))
         done = await self._connection.execute(
             update(t.joined_nodes)
             .where(_c.id.in_(_in_turn(*current)))
@@ -326,5 +326,5 @@ _FIND = Prepared(select(*_TOLD, *_NOW).where(_c.id == bindparam("wanted_id")))
 
 
 def _node_of(row: Mapping[str, Any]) -> JoinedNode:
-    said = {name: bool(row[name]) for name in ("has_lease", "is_compared")}
-    return JoinedNode(**dict(row) | said)
+    flags = {name: bool(row[name]) for name in ("has_lease", "is_compared")}
+    return JoinedNode(**dict(row) | flags)

@@ -125,12 +125,12 @@ class Tunnels(NodeTunnel):
         try:
             async with asyncio.timeout(_ANSWER_S):
                 await line.say(FrameKind.ASK, head(asked))
-                said = await line.hear()
-            if said.kind is FrameKind.REFUSE:
-                raise refused(said.payload)
-            if said.kind is not FrameKind.ANSWER:
+                frame = await line.hear()
+            if frame.kind is FrameKind.REFUSE:
+                raise refused(frame.payload)
+            if frame.kind is not FrameKind.ANSWER:
                 raise BrokenError("expected an answer")
-            return answer_of(operation, values_of(said.payload))
+            return answer_of(operation, values_of(frame.payload))
         except (BrokenError, CodecError, TimeoutError) as error:
             line.hang_up()
             raise UnavailableError("the node does not answer") from error

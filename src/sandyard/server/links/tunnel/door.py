@@ -136,7 +136,9 @@ async def _answer(
         values = values_of(payload)
         # Done after its caller gave up, it could undo what was done since.
         async with asyncio.timeout(_WORK_S):
-            said = await _said(registry, who, str(values.get("op")), values.get("args"), authority)
+            answered = await _registered(
+                registry, who, str(values.get("op")), values.get("args"), authority
+            )
     except SandyardError as error:
         await line.say(FrameKind.REFUSE, refusal(error))
     except TimeoutError:
@@ -149,10 +151,10 @@ async def _answer(
             FrameKind.REFUSE, refusal(InternalError(f"cannot answer the request: {error}"))
         )
     else:
-        await line.say(FrameKind.ANSWER, head(said))
+        await line.say(FrameKind.ANSWER, head(answered))
 
 
-async def _said(
+async def _registered(
     registry: Registry, who: str | None, op: str, args: object, authority: str
 ) -> dict[str, Any]:
     try:
@@ -212,11 +214,11 @@ async def joined(
     stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE
     async with _dialled(host, port, stranger) as (line, _):
-        told = await _asked(line, "authority", {})
+        answer = await _asked(line, "authority", {})
     known = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     known.check_hostname, known.minimum_version = False, ssl.TLSVersion.TLSv1_3
     # Only the verified certificate is used: the text may contain others after it.
-    known.load_verify_locations(cadata=_pinned(str(told.get("certificate")), fingerprint, host))
+    known.load_verify_locations(cadata=_pinned(str(answer.get("certificate")), fingerprint, host))
     async with _dialled(host, port, known) as (line, writer):
         if not may_be(name_of(writer.get_extra_info("ssl_object"))):
             raise UnauthenticatedError(f"cannot join at {host}:{port}: it is no control plane")
@@ -317,9 +319,9 @@ async def _asked(line: Line, op: str, args: object) -> dict[str, Any]:
     try:
         async with asyncio.timeout(_ANSWER_S):
             await line.say(FrameKind.ASK, head({"op": op, "args": args}))
-            said = await line.hear()
-        if said.kind is FrameKind.REFUSE:
-            raise refused(said.payload)
-        return values_of(said.payload)
+            frame = await line.hear()
+        if frame.kind is FrameKind.REFUSE:
+            raise refused(frame.payload)
+        return values_of(frame.payload)
     except (BrokenError, TimeoutError) as error:
         raise UnavailableError("the control plane does not answer") from error

@@ -31,7 +31,7 @@ class TunnelExchange(ByteStream):
         self._may_send = WINDOW
         self._changed = asyncio.Condition()
         self._has_ended = False
-        self._is_said = False  # that nothing more is written
+        self._has_sent_end = False  # that nothing more is written
         self._trouble: SandyardError | None = None
         self._is_over = False
 
@@ -44,21 +44,21 @@ class TunnelExchange(ByteStream):
         heard = 0
         try:
             while True:
-                said = await self._line.hear()
-                match said.kind:
+                frame = await self._line.hear()
+                match frame.kind:
                     case FrameKind.LEAVE:
                         return
-                    case FrameKind.DATA if said.payload and not self._has_ended:
-                        self._came.append(said.payload)
-                        self._held += len(said.payload)
+                    case FrameKind.DATA if frame.payload and not self._has_ended:
+                        self._came.append(frame.payload)
+                        self._held += len(frame.payload)
                         if self._held > WINDOW:
                             raise BrokenError("more data was sent than the window allows")
                     case FrameKind.END if not self._has_ended:
                         self._has_ended = True
                     case FrameKind.REFUSE:
-                        self._trouble = refused(said.payload)
-                    case FrameKind.TAKEN if any(said.payload):
-                        self._may_send += int.from_bytes(said.payload, "big")
+                        self._trouble = refused(frame.payload)
+                    case FrameKind.TAKEN if any(frame.payload):
+                        self._may_send += int.from_bytes(frame.payload, "big")
                         if self._may_send > WINDOW:
                             raise BrokenError("more data was acknowledged than was sent")
                     case _:
@@ -127,8 +127,8 @@ class TunnelExchange(ByteStream):
     @override
     async def write_eof(self) -> None:
         """End the stream; calling it again has no effect."""
-        if not self._is_said:
-            self._is_said = True
+        if not self._has_sent_end:
+            self._has_sent_end = True
             await self._say(FrameKind.END)
 
     async def refuse(self, error: SandyardError) -> None:

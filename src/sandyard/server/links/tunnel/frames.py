@@ -57,7 +57,7 @@ class BrokenError(Exception):
 
 
 @dataclass(frozen=True)
-class Said:
+class Frame:
     """One frame."""
 
     kind: FrameKind
@@ -85,7 +85,7 @@ class Line:
         is_lost = self._reader.at_eof() or self._reader.exception() is not None
         return not is_lost and not self._writer.is_closing()
 
-    async def hear(self) -> Said:
+    async def hear(self) -> Frame:
         """Return the next frame. If cancelled, no frame is lost.
 
         Raises:
@@ -99,7 +99,7 @@ class Line:
                 raise BrokenError("a frame is too long")
             payload = await self._reader.readexactly(length) if length else b""
             self._header = None
-            return Said(kind, payload)
+            return Frame(kind, payload)
         except (OSError, EOFError, ValueError) as error:
             raise BrokenError(str(error)) from error
 
@@ -162,9 +162,9 @@ def refused(payload: bytes) -> SandyardError:
     Raises:
         BrokenError: it is malformed.
     """
-    told = values_of(payload)
-    code, message, facts = told.get("code"), told.get("message"), told.get("facts")
+    values = values_of(payload)
+    code, message, facts = values.get("code"), values.get("message"), values.get("facts")
     if not isinstance(code, str) or not isinstance(message, str) or not isinstance(facts, dict):
         raise BrokenError("an error has an invalid format")
     known = {str(name): one for name, one in facts.items() if isinstance(one, str | int)}
-    return error_of(str(told.get("kind")), code, message, known)
+    return error_of(str(values.get("kind")), code, message, known)

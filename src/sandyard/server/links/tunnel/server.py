@@ -132,12 +132,12 @@ async def _one(tunnel: NodeTunnel, line: Line) -> None:
     except BrokenError:
         raise
     except Exception as error:  # answered as an error; other requests continue
-        told = error
-        if not isinstance(told, SandyardError):
+        failure = error
+        if not isinstance(failure, SandyardError):
             log.exception("unexpected error in an operation of the tunnel")
-            told = InternalError(f"cannot carry out the request: {error}")
+            failure = InternalError(f"cannot carry out the request: {error}")
         if not is_left:
-            await line.say(FrameKind.REFUSE, refusal(told))
+            await line.say(FrameKind.REFUSE, refusal(failure))
             await _until_left(line)
     await line.say(FrameKind.LEAVE)
 
@@ -183,7 +183,7 @@ async def _carry(opened: Opened[Any], exchange: TunnelExchange) -> None:
             await exchange.write(data)
         await exchange.write_eof()
 
-    async def told(carry: Callable[[], Coroutine[object, object, None]]) -> None:
+    async def reporting_errors(carry: Callable[[], Coroutine[object, object, None]]) -> None:
         try:
             await carry()
         except SandyardError as error:
@@ -191,5 +191,5 @@ async def _carry(opened: Opened[Any], exchange: TunnelExchange) -> None:
                 await exchange.refuse(error)
 
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(told(up))
-        tasks.create_task(told(down))
+        tasks.create_task(reporting_errors(up))
+        tasks.create_task(reporting_errors(down))

@@ -77,18 +77,18 @@ class NfsClient(AbstractContextManager["NfsClient"]):
 
     @override
     def __enter__(self) -> Self:
-        said = self._call(
+        reply = self._call(
             _op(_Op.EXCHANGE_ID, os.urandom(8), _opaque(self._owner), _words(0, 0, 0))
         )
-        self._expect(said, _Op.EXCHANGE_ID)
-        self._client = said.fixed(8)
-        first = said.number()
+        self._expect(reply, _Op.EXCHANGE_ID)
+        self._client = reply.fixed(8)
+        first = reply.number()
         channel = _words(0, _MESSAGE_MAX, _MESSAGE_MAX, 65536, 16, 8, 0)
         security = _words(0x40000000, 1, 0)
         head = self._client + _words(first, 0)
-        said = self._call(_op(_Op.CREATE_SESSION, head, channel, channel, security))
-        self._expect(said, _Op.CREATE_SESSION)
-        self._session = said.fixed(16)
+        reply = self._call(_op(_Op.CREATE_SESSION, head, channel, channel, security))
+        self._expect(reply, _Op.CREATE_SESSION)
+        self._session = reply.fixed(16)
         self._ask(_op(_Op.RECLAIM_COMPLETE, _words(0)))
         return self
 
@@ -98,12 +98,12 @@ class NfsClient(AbstractContextManager["NfsClient"]):
 
     def look_up(self, name: str) -> bytes:
         """Return the handle of an export."""
-        said = self._ask(
+        reply = self._ask(
             _op(_Op.PUT_ROOT), _op(_Op.LOOKUP, _opaque(name.encode())), _op(_Op.GET_HANDLE)
         )
         for one in (_Op.PUT_ROOT, _Op.LOOKUP, _Op.GET_HANDLE):
-            self._expect(said, one)
-        return said.opaque()
+            self._expect(reply, one)
+        return reply.opaque()
 
     def open(
         self, folder: bytes, name: str, *, writes: bool, mode: int | None = None
@@ -115,42 +115,42 @@ class NfsClient(AbstractContextManager["NfsClient"]):
         access = _READ | _WRITE if writes else _READ
         owner = self._client + _opaque(b"opener")
         claim = _words(0) + _opaque(name.encode())
-        said = self._ask(
+        reply = self._ask(
             _op(_Op.PUT_HANDLE, _opaque(folder)),
             _op(_Op.OPEN, _words(0, access, 0), owner, how, claim),
             _op(_Op.GET_HANDLE),
         )
-        self._expect(said, _Op.PUT_HANDLE)
-        if (status := self._status(said, _Op.OPEN)) is not Status.OK:
+        self._expect(reply, _Op.PUT_HANDLE)
+        if (status := self._status(reply, _Op.OPEN)) is not Status.OK:
             return status, b"", b""
-        stateid = said.fixed(16)
-        said.fixed(4 + 8 + 8)  # how the folder changed
-        said.number()  # flags
-        for _ in range(said.number()):  # attributes that were set
-            said.number()
-        self._skip_delegation(said)
-        self._expect(said, _Op.GET_HANDLE)
-        return status, stateid, said.opaque()
+        stateid = reply.fixed(16)
+        reply.fixed(4 + 8 + 8)  # how the folder changed
+        reply.number()  # flags
+        for _ in range(reply.number()):  # attributes that were set
+            reply.number()
+        self._skip_delegation(reply)
+        self._expect(reply, _Op.GET_HANDLE)
+        return status, stateid, reply.opaque()
 
-    def _skip_delegation(self, said: _Reader) -> None:
-        kind = said.number()
-        if kind == 3 and said.number() in (1, 2):  # none, with a reason that has a flag
-            said.number()
+    def _skip_delegation(self, reply: _Reader) -> None:
+        kind = reply.number()
+        if kind == 3 and reply.number() in (1, 2):  # none, with a reason that has a flag
+            reply.number()
         elif kind not in (0, 3):
             raise ProtocolError("a delegation was not asked for")
 
     def change_mode(self, handle: bytes, stateid: bytes, mode: int) -> None:
         """Set a file's permissions."""
-        said = self._ask(
+        reply = self._ask(
             _op(_Op.PUT_HANDLE, _opaque(handle)), _op(_Op.SET_ATTRIBUTES, stateid, _mode(mode))
         )
-        self._expect(said, _Op.PUT_HANDLE)
-        self._expect(said, _Op.SET_ATTRIBUTES)
+        self._expect(reply, _Op.PUT_HANDLE)
+        self._expect(reply, _Op.SET_ATTRIBUTES)
 
     def lock(self, handle: bytes, stateid: bytes, *, waits: bool) -> tuple[Status, bytes]:
         """Lock a whole file for writing; return the status, and the owner of a conflicting lock."""
         owner = self._client + _opaque(b"locker")
-        said = self._ask(
+        reply = self._ask(
             _op(_Op.PUT_HANDLE, _opaque(handle)),
             _op(
                 _Op.LOCK,
@@ -159,12 +159,12 @@ class NfsClient(AbstractContextManager["NfsClient"]):
                 _words(1, 0), stateid, _words(0), owner,
             ),
         )  # fmt: skip
-        self._expect(said, _Op.PUT_HANDLE)
-        status = self._status(said, _Op.LOCK)
+        self._expect(reply, _Op.PUT_HANDLE)
+        status = self._status(reply, _Op.LOCK)
         if status is not Status.DENIED:
             return status, b""
-        said.fixed(8 + 8 + 4 + 8)  # offset, length, kind, the holder's client
-        return status, said.opaque()
+        reply.fixed(8 + 8 + 4 + 8)  # offset, length, kind, the holder's client
+        return status, reply.opaque()
 
     # --- the protocol ---------------------------------------------------------------------
 
@@ -172,10 +172,10 @@ class NfsClient(AbstractContextManager["NfsClient"]):
         """Send operations in the session and return their results."""
         self._sequence += 1
         head = _op(_Op.SEQUENCE, self._session, _words(self._sequence, 0, 0, 0))
-        said = self._call(head, *operations)
-        self._expect(said, _Op.SEQUENCE)
-        said.fixed(16 + 5 * 4)
-        return said
+        reply = self._call(head, *operations)
+        self._expect(reply, _Op.SEQUENCE)
+        reply.fixed(16 + 5 * 4)
+        return reply
 
     def _call(self, *operations: bytes) -> _Reader:
         self._call_id += 1
@@ -183,18 +183,18 @@ class NfsClient(AbstractContextManager["NfsClient"]):
         body = _words(self._call_id, 0, 2, _PROGRAM, _VERSION, _COMPOUND, 1) + _opaque(credential)
         body += _words(0, 0) + _opaque(b"") + _words(1, len(operations)) + b"".join(operations)
         self._socket.sendall(_words(0x80000000 | len(body)) + body)
-        said = _Reader(self._receive())
-        said.fixed(4 + 4)  # the call, a reply
-        if said.number() != 0:
+        reply = _Reader(self._receive())
+        reply.fixed(4 + 4)  # the call, a reply
+        if reply.number() != 0:
             raise ProtocolError("the server denies the call")
-        said.number()
-        said.opaque()  # verifier
-        if said.number() != 0:
+        reply.number()
+        reply.opaque()  # verifier
+        if reply.number() != 0:
             raise ProtocolError("the server does not accept the call")
-        said.number()  # the last operation's status
-        said.opaque()
-        said.number()
-        return said
+        reply.number()  # the last operation's status
+        reply.opaque()
+        reply.number()
+        return reply
 
     def _receive(self) -> bytes:
         found = bytearray()
@@ -216,13 +216,13 @@ class NfsClient(AbstractContextManager["NfsClient"]):
             found += more
         return bytes(found)
 
-    def _expect(self, said: _Reader, op: _Op) -> None:
-        number, status = said.number(), said.number()
+    def _expect(self, reply: _Reader, op: _Op) -> None:
+        number, status = reply.number(), reply.number()
         if (number, status) != (op, 0):
             raise ProtocolError(f"{op.name} ended with {status}")
 
-    def _status(self, said: _Reader, op: _Op) -> Status:
-        number, status = said.number(), said.number()
+    def _status(self, reply: _Reader, op: _Op) -> Status:
+        number, status = reply.number(), reply.number()
         if number != op or status not in list(Status):
             raise ProtocolError(f"{op.name} ended with {status}")
         return Status(status)

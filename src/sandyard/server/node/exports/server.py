@@ -157,7 +157,7 @@ class Server:
         if not self.part.writable and os.access(_PYTHON, os.X_OK):
             through = [_PYTHON, "-I", "-S", "/conf/only_reads.py"]
         beginning = self._log_size()
-        with (self.folder / "log").open("ab") as said:
+        with (self.folder / "log").open("ab") as output:
             try:
                 child = await asyncio.create_subprocess_exec(
                     "nsenter", f"--net={path_of(self.place.netns)}",
@@ -165,7 +165,7 @@ class Server:
                     "--propagation", "slave",
                     "sh", "-e", str(self.folder / "start"), str(self.folder), caps,
                     str(_MEMORY_BYTES), library, *through,
-                    stdin=asyncio.subprocess.DEVNULL, stdout=said, stderr=said,
+                    stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
                     env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
                     cwd="/", start_new_session=True,
                 )  # fmt: skip
@@ -174,7 +174,7 @@ class Server:
         self._child = child
         try:
             process = self._process = await self._child_of(child.pid)
-            await self._await_said(_STARTED, beginning, limit_s=_START_S)
+            await self._await_logged(_STARTED, beginning, limit_s=_START_S)
             if not await in_thread(self._sees, process.pid, list(self._sources)):
                 raise UnavailableError(
                     "the file server does not see the workspaces that it should export"
@@ -205,10 +205,10 @@ class Server:
     async def recover(self) -> bool:
         """Find the process that an earlier run of this program started; return False if it has
         ended."""
-        told = await in_thread(_told_in, self.folder)
-        if told is None:
+        record = await in_thread(_record_in, self.folder)
+        if record is None:
             return False
-        self._process = DetachedProcess.find(told.pid, started=told.started, boot=told.boot)
+        self._process = DetachedProcess.find(record.pid, started=record.started, boot=record.boot)
         return self._process is not None
 
     async def ended(self) -> None:
@@ -271,12 +271,12 @@ class Server:
         return str(library)
 
     def _note(self, pid: int, started: int) -> None:
-        told = {
+        record = {
             "slot": self.place.number, "port": self.part.port, "client": self.part.client,
             "pid": pid, "started": started, "boot": boot_id(),
         }  # fmt: skip
         part = self.folder / "server.json.part"
-        part.write_text(json.dumps(told))
+        part.write_text(json.dumps(record))
         part.replace(self.folder / "server.json")
 
     def forget_strangers(self) -> None:
@@ -313,7 +313,7 @@ class Server:
             return
         beginning = self._log_size()
         process.send(signal.SIGHUP)
-        await self._await_said(_REREAD, beginning, limit_s=_RELOAD_S)
+        await self._await_logged(_REREAD, beginning, limit_s=_RELOAD_S)
 
     def _configure(self) -> None:
         for name in ("conf", "tree"):
@@ -401,12 +401,12 @@ class Server:
         except FileNotFoundError:
             return 0
 
-    async def _await_said(self, what: bytes, beginning: int, *, limit_s: float) -> None:
+    async def _await_logged(self, what: bytes, beginning: int, *, limit_s: float) -> None:
         at, kept = beginning, b""
         try:
             async with asyncio.timeout(limit_s):
                 while True:
-                    more = self._said(at)
+                    more = self._log_from(at)
                     at, kept = at + len(more), kept[-len(what) :] + more
                     if what in kept:
                         return
@@ -416,7 +416,7 @@ class Server:
         except TimeoutError as error:
             raise UnavailableError(f"the file server does not answer: {self._tail()}") from error
 
-    def _said(self, beginning: int) -> bytes:
+    def _log_from(self, beginning: int) -> bytes:
         try:
             with (self.folder / "log").open("rb") as file:
                 file.seek(beginning)
@@ -425,8 +425,8 @@ class Server:
             return b""
 
     def _tail(self) -> str:
-        said = self._said(max(0, self._log_size() - _TAIL)).decode(errors="replace")
-        return said.strip().rpartition("\n")[2]
+        text = self._log_from(max(0, self._log_size() - _TAIL)).decode(errors="replace")
+        return text.strip().rpartition("\n")[2]
 
 
 def _is_as_wanted(place: Path, source: Path, read_only: bool) -> bool:
@@ -439,7 +439,7 @@ def _is_as_wanted(place: Path, source: Path, read_only: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Record:
     """The contents of `server.json`; in an earlier version, several machines shared a server."""
 
     owner: Owner | None
@@ -448,13 +448,13 @@ class _Told:
     boot: str
 
 
-def _told_in(folder: Path) -> _Told | None:
+def _record_in(folder: Path) -> _Record | None:
     try:
-        told = json.loads((folder / "server.json").read_text())
+        record = json.loads((folder / "server.json").read_text())
         owner = None
-        if "client" in told:
-            owner = Owner(int(told["slot"]), int(told["port"]), str(told["client"]))
-        return _Told(owner, int(told["pid"]), int(told["started"]), str(told["boot"]))
+        if "client" in record:
+            owner = Owner(int(record["slot"]), int(record["port"]), str(record["client"]))
+        return _Record(owner, int(record["pid"]), int(record["started"]), str(record["boot"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -462,8 +462,8 @@ def _told_in(folder: Path) -> _Told | None:
 def owner_in(folder: Path) -> Owner | None:
     """Return the owner of the server that an earlier process started in a folder; None if
     unknown."""
-    told = _told_in(folder)
-    return None if told is None else told.owner
+    record = _record_in(folder)
+    return None if record is None else record.owner
 
 
 def configuration(part: Part, workspace_ids: list[str], *, library: Path | None) -> str:

@@ -486,8 +486,8 @@ async def host_ruleset() -> str:
         "nft", "-j", "list", "ruleset", stdout=asyncio.subprocess.PIPE
     )
     async with asyncio.timeout(_TOOL_LIMIT_S):
-        said, _ = await process.communicate()
-    return said.decode() or "{}"
+        output, _ = await process.communicate()
+    return output.decode() or "{}"
 
 
 async def _set_up_links(

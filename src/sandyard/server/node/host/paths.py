@@ -27,8 +27,8 @@ async def closed_component(paths: Iterable[Path], uid: int) -> Path | None:
         whole = path.resolve()
         folders |= dict.fromkeys(one for one in (*reversed(whole.parents), whole) if one.is_dir())
     command = ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
-    said = await run([*command, "sh", "-c", _SCRIPT, "sh", *folders], limit_s=_LIMIT_S)
-    return Path(said) if said else None
+    output = await run([*command, "sh", "-c", _SCRIPT, "sh", *folders], limit_s=_LIMIT_S)
+    return Path(output) if output else None
 
 
 def refusal(folder: Path, home: Path, uid: int) -> tuple[str, str]:

@@ -411,7 +411,7 @@ class _Build:
         await self._unpack(work, tools, tools_archive)
         own, words = self._kernel, []
         if own is not None:
-            self._report.step(f"taking the kernel {own.image} ({own.told.release})")
+            self._report.step(f"taking the kernel {own.image} ({own.info.release})")
             words.append("own-kernel")
         if self._certificates:
             words.append("trust")
@@ -445,7 +445,7 @@ class _Build:
             os=source.os,
             size_bytes=sum((made / name).stat().st_blocks * 512 for name in ROOTS),
             inputs=inputs,
-            has_acpi=self._kernel is None or self._kernel.told.has_acpi,
+            has_acpi=self._kernel is None or self._kernel.info.has_acpi,
             sums=await in_thread(lambda: {one.name: sum_of(one) for one in outputs}),
         )
         made.chmod(0o755)

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
-from sandyard.server.drivers.kernels import Told, kernel_info
+from sandyard.server.drivers.kernels import KernelInfo, kernel_info
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class OwnKernel:
 
     image: Path
     modules: Path | None
-    told: Told
+    info: KernelInfo
     digest: str
 
     def lacks(self, *, musts: bool) -> list[Need]:
@@ -97,7 +97,7 @@ class OwnKernel:
 
         An option built as a module counts if the modules are given.
         """
-        options = self.told.options
+        options = self.info.options
         if options is None:
             return []
         return [need for need in NEEDS if need.is_must is musts and not self._has(need, options)]
@@ -117,21 +117,21 @@ def own_kernel(image: Path, modules: Path | None) -> OwnKernel:
         InvalidArgumentError: it is not a kernel, or the modules belong to another one.
     """
     try:
-        told = kernel_info(image)
+        info = kernel_info(image)
         digest = sha256(image.read_bytes())
     except UnavailableError as error:
         raise InvalidArgumentError(
             f"cannot use the kernel {image}: {error.message}", field="node.kernel"
         ) from error
     if modules is not None:
-        for path in _files(modules, told):
+        for path in _files(modules, info):
             found = path.stat()
             digest.update(f"{path.relative_to(modules)} {found.st_size}\n".encode())
             digest.update(path.read_bytes())
-    return OwnKernel(image, modules, told, digest.hexdigest())
+    return OwnKernel(image, modules, info, digest.hexdigest())
 
 
-def _files(modules: Path, told: Told) -> Sequence[Path]:
+def _files(modules: Path, info: KernelInfo) -> Sequence[Path]:
     for name in ("modules.order", "modules.builtin"):
         if not (modules / name).is_file():
             raise InvalidArgumentError(
@@ -139,9 +139,9 @@ def _files(modules: Path, told: Told) -> Sequence[Path]:
                 "`make modules_install` made, as /lib/modules/6.12.0",
                 field="node.kernel_modules",
             )
-    if told.release not in ("unknown", modules.name):
+    if info.release not in ("unknown", modules.name):
         raise InvalidArgumentError(
-            f"cannot use the modules in {modules}: the directory must be called {told.release}, as "
+            f"cannot use the modules in {modules}: the directory must be called {info.release}, as "
             "the kernel is",
             field="node.kernel_modules",
         )

@@ -72,8 +72,8 @@ class Versions:
         if known is not None:
             return known
         try:
-            told = json.loads((self.folder / digest / _ABOUT).read_text())
-            about = decode(VersionAbout, told["about"])
+            manifest = json.loads((self.folder / digest / _ABOUT).read_text())
+            about = decode(VersionAbout, manifest["about"])
         except (OSError, ValueError, KeyError, CodecError):
             return None
         definition = self._known[digest] = _definition_of(about, digest)
@@ -163,13 +163,13 @@ class Versions:
                     )
                 os.truncate(file.fileno(), size)
                 await in_thread(os.fsync, file.fileno())
-            told = {"about": about, "root": content.hexdigest()}
-            digest = _name_of(told)
+            manifest = {"about": about, "root": content.hexdigest()}
+            digest = _name_of(manifest)
             if name not in (None, version_name(slug, digest)):
                 raise DamagedError(f"cannot keep a copy of {name}: its contents differ")
             about_file = part / _ABOUT
             about_file.touch(mode=0o600)  # an environment may have secrets
-            about_file.write_text(json.dumps(told, indent=1))
+            about_file.write_text(json.dumps(manifest, indent=1))
             root.chmod(0o444)
             part.chmod(0o711)
             await in_thread(_sync, about_file, part)
@@ -200,8 +200,10 @@ class Versions:
         found = []
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             try:
-                told = json.loads((folder / _ABOUT).read_text())
-                is_whole = _name_of(told) == folder.name and sum_of(folder / _ROOT) == told["root"]
+                manifest = json.loads((folder / _ABOUT).read_text())
+                is_whole = (
+                    _name_of(manifest) == folder.name and sum_of(folder / _ROOT) == manifest["root"]
+                )
             except (OSError, ValueError, KeyError, TypeError):
                 is_whole = not (folder / _ABOUT).exists()  # unfinished; it is removed at a start
             if not is_whole:
@@ -220,11 +222,11 @@ class Versions:
         try:
             # As it was written: a node of the next version may write more, and the digest in the
             # name is of all of it.
-            told = json.loads(about)["about"]
-            slug = decode(VersionAbout, told).slug
+            described = json.loads(about)["about"]
+            slug = decode(VersionAbout, described).slug
         except (ValueError, KeyError, TypeError, CodecError) as error:
             raise DamagedError(f"cannot keep a copy of {name}: {error}") from error
-        await self._keep(slug, told, pieces, size_max=size_bytes, name=name)
+        await self._keep(slug, described, pieces, size_max=size_bytes, name=name)
 
     def drop(self, name: str) -> None:
         """Remove a version. Images that were made of it remain until `drop_images`."""
@@ -286,6 +288,6 @@ def _sync(*paths: Path) -> None:
             os.close(descriptor)
 
 
-def _name_of(told: object) -> str:
+def _name_of(manifest: object) -> str:
     """Return the digest by which a version is known: of its settings and its root's digest."""
-    return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+    return sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:24]

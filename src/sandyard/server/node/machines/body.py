@@ -141,9 +141,9 @@ class Body:
         for one in left:
             await in_thread(shutil.rmtree, one, ignore_errors=True)
 
-    def append_console(self, said: bytes) -> None:
+    def append_console(self, output: bytes) -> None:
         """Append console output, of which only the end is kept."""
-        append_console(self.folder, said)
+        append_console(self.folder, output)
 
     @property
     def used_mib(self) -> int:

@@ -10,14 +10,14 @@ TAIL = 64 * 1024
 NAME = "console.log"
 
 
-def append_console(folder: Path, said: bytes) -> None:
+def append_console(folder: Path, output: bytes) -> None:
     """Append to a machine's console log; if it is over its limit, its older half is removed."""
-    if not said or not folder.is_dir():
+    if not output or not folder.is_dir():
         return
     path = folder / NAME
     with contextlib.suppress(OSError):  # a full disk costs the log, not the machine
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as file:
-            file.write(said)
+            file.write(output)
             size = file.tell()
         if size > _LIMIT:
             part = path.with_suffix(".part")
@@ -42,11 +42,11 @@ class FailedConsoles:
         A machine that printed nothing does not replace the output of an earlier attempt.
         """
         with contextlib.suppress(OSError):
-            said, path = read_console(machine_folder), self._folder / sandbox_id
-            if not said and path.is_file():
+            output, path = read_console(machine_folder), self._folder / sandbox_id
+            if not output and path.is_file():
                 return
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.write_bytes(said)
+            path.write_bytes(output)
             kept = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)
             for path in kept[:-_FAILED_MAX]:
                 path.unlink(missing_ok=True)

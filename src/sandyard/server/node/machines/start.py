@@ -153,11 +153,11 @@ async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Mean
                         asking.result()
                         return
             await machine.stall()  # only this call shows that its hypervisor has given up
-            said = await machine.console()
-            body.append_console(said)
+            output = await machine.console()
+            body.append_console(output)
             wall = clock.monotonic()
             now = wall - min(await _starved_s(machine), 0.9 * (wall - began))
-            progressed = now if said else progressed
+            progressed = now if output else progressed
             if ending.done():
                 message = ending.result().message
                 raise InternalError(f"the machine ended while it started: {message}")
