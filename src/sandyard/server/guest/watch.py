@@ -46,7 +46,7 @@ class Watcher:
         self._top = -1
         self._recursive = False
         self._paths: dict[int, bytes] = {}
-        self._told: set[bytes] = set()
+        self._reported: set[bytes] = set()
         self.is_over = False
         """Whether the directory is gone; no more events follow."""
 
@@ -101,9 +101,9 @@ class Watcher:
                     self._moved(path, target, found, is_folder=bool(mask & _ISDIR))
                 else:
                     self._changed(path, mask, found)
-        if self._told and not select.select([self._fd], [], [], 0)[0]:
+        if self._reported and not select.select([self._fd], [], [], 0)[0]:
             # Entries created before the directory was read were reported by events, too.
-            self._told.clear()
+            self._reported.clear()
         return _once([one for one in found if not is_in_part(one.path)])
 
     def _events(self) -> list[tuple[int, int, int, bytes]]:
@@ -130,11 +130,11 @@ class Watcher:
         if kind is None:
             return
         if kind is ChangeKind.REMOVED:
-            self._told.discard(path)
+            self._reported.discard(path)
             if is_folder:
                 self._forget_below(path)
-        elif mask & _CREATE and path in self._told:
-            self._told.discard(path)  # seen already, when its directory was read
+        elif mask & _CREATE and path in self._reported:
+            self._reported.discard(path)  # seen already, when its directory was read
             if is_folder and self._recursive:
                 with contextlib.suppress(OSError, TooManyError):
                     self._add(path, _ONLYDIR | _DONT_FOLLOW)
@@ -148,7 +148,7 @@ class Watcher:
         try:
             self._add(path, _ONLYDIR | _DONT_FOLLOW)
             for below, is_folder in self._watch_below(path):
-                self._told.add(below)
+                self._reported.add(below)
                 found.append(FileChange(below, ChangeKind.CREATED, is_folder=is_folder))
         except OSError:
             pass  # removed again, or unreadable
@@ -158,8 +158,8 @@ class Watcher:
     def _moved(
         self, source: bytes, target: bytes, found: list[FileChange], *, is_folder: bool
     ) -> None:
-        self._told -= {one for one in self._told if _is_within(one, source)}
-        self._told.discard(target)
+        self._reported -= {one for one in self._reported if _is_within(one, source)}
+        self._reported.discard(target)
         if is_in_part(source) and not is_in_part(target):
             kind = ChangeKind.MODIFIED if has_replaced(source) else ChangeKind.CREATED
             found.append(FileChange(target, kind, is_folder=is_folder))
@@ -177,7 +177,7 @@ class Watcher:
     def _look_anew(self, found: list[FileChange]) -> None:
         """After an overflow of events, watch directories that were missed, and find out whether the
         watched one still exists."""
-        self._told.clear()
+        self._reported.clear()
         top = self._paths.get(self._top)
         if top is not None:
             # An existing watch keeps its number.
@@ -223,7 +223,7 @@ class Watcher:
         return wd
 
     def _forget_below(self, folder: bytes) -> None:
-        self._told -= {one for one in self._told if _is_within(one, folder)}
+        self._reported -= {one for one in self._reported if _is_within(one, folder)}
         for wd, path in list(self._paths.items()):
             if _is_within(path, folder):
                 del self._paths[wd]

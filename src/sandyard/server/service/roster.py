@@ -61,7 +61,7 @@ class Roster:
         self._looked_at = 0.0
         self._ticked_at: float | None = None
         self._went_on_at: float | None = None
-        self._told: dict[str, Heartbeat] = {}
+        self._heartbeats: dict[str, Heartbeat] = {}
         self.nodes: dict[str, JoinedNode] = {}
 
     async def refresh(self) -> None:
@@ -77,12 +77,18 @@ class Roster:
             ahead = read_at - self._clock.now()
             if abs(ahead - self._ahead) > _STEP:  # leases seem to have ended, or not to end
                 self._ahead, self._calm_since = ahead, None
-        self._told = {one: told for one, told in self._told.items() if one in self.nodes}
+        self._heartbeats = {
+            one: heartbeat for one, heartbeat in self._heartbeats.items() if one in self.nodes
+        }
 
     def hear(self, node_id: str, beat: Beat) -> None:
         """Record a node's heartbeat. Heartbeats of an older process, too many, and late ones are
         ignored."""
-        node, now, known = self.nodes.get(node_id), self._clock.monotonic(), self._told.get(node_id)
+        node, now, known = (
+            self.nodes.get(node_id),
+            self._clock.monotonic(),
+            self._heartbeats.get(node_id),
+        )
         if beat.view is None or node is None or beat.epoch != node.epoch:
             return
         is_same = known is not None and known.epoch == beat.epoch
@@ -90,14 +96,14 @@ class Roster:
             now - known.at < _BRIEF_S or beat.view.generation < known.view.generation
         ):  # fmt: skip
             return
-        self._told[node_id] = Heartbeat(now, beat.epoch, beat.view)
+        self._heartbeats[node_id] = Heartbeat(now, beat.epoch, beat.view)
 
     def last_heartbeat(self, node_id: str) -> Heartbeat | None:
         """Return a node's last heartbeat if it is recent, else None."""
-        told = self._told.get(node_id)
-        if told is None or self._clock.monotonic() - told.at > _FRESH_S:
+        heartbeat = self._heartbeats.get(node_id)
+        if heartbeat is None or self._clock.monotonic() - heartbeat.at > _FRESH_S:
             return None
-        return told
+        return heartbeat
 
     def hears_late(self) -> bool:
         """Tell whether this process was suspended until just now: heartbeats may have waited and be

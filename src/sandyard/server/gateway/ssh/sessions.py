@@ -84,13 +84,13 @@ class SessionChannel(SSHServerChannel[bytes]):
     listens in the sandbox, not on this host."""
 
     forwards_agent = False
-    _told_bytes = 0
+    _env_bytes = 0
 
     @override
     def _process_env_request(self, packet: SSHPacket) -> bool:
-        self._told_bytes += len(packet.get_remaining_payload())
+        self._env_bytes += len(packet.get_remaining_payload())
         is_much = len(self.get_environment_bytes()) >= _ENV_MAX
-        if is_much or self._told_bytes > _ENV_BYTES_MAX:
+        if is_much or self._env_bytes > _ENV_BYTES_MAX:
             return False
         return super()._process_env_request(packet)
 

@@ -297,10 +297,10 @@ async def tell(
     loop = asyncio.get_running_loop()
     telling = asyncio.current_task()
     assert telling is not None
-    heard, is_told = loop.create_task(hearing), False
+    heard, is_reported = loop.create_task(hearing), False
 
     def is_deaf(done: "asyncio.Task[bool]") -> None:
-        if not is_told and not done.cancelled():
+        if not is_reported and not done.cancelled():
             telling.cancel()
 
     heard.add_done_callback(is_deaf)
@@ -317,7 +317,7 @@ async def tell(
     except (BrokenPipeError, ConnectionResetError):
         return heard.done() and not heard.result()
     finally:
-        is_told = True
+        is_reported = True
         heard.cancel()
         # It watches the connection; the next operation on it must be the only one that does.
         await asyncio.wait([heard])

@@ -318,11 +318,11 @@ _NOW: list[Label[Any]] = [
 ]
 _TOLD_NOW = frozenset(one.name for one in _NOW)
 _UNTOLD = frozenset({"boot", "place", "compared_until"})
-_TOLD = [one for one in t.joined_nodes.columns if one.name not in _UNTOLD]
+_COLUMNS = [one for one in t.joined_nodes.columns if one.name not in _UNTOLD]
 
 
-_ALL = Prepared(select(*_TOLD, *_NOW).order_by(_c.name, _c.id))
-_FIND = Prepared(select(*_TOLD, *_NOW).where(_c.id == bindparam("wanted_id")))
+_ALL = Prepared(select(*_COLUMNS, *_NOW).order_by(_c.name, _c.id))
+_FIND = Prepared(select(*_COLUMNS, *_NOW).where(_c.id == bindparam("wanted_id")))
 
 
 def _node_of(row: Mapping[str, Any]) -> JoinedNode:

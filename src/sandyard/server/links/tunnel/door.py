@@ -280,13 +280,13 @@ class DoorPresence:
                 for door in list(self.doors):
                     try:
                         async with asyncio.timeout(_BEAT_S):
-                            return decode(kind, await self._said_at(door, op, words))
+                            return decode(kind, await self._answer_of(door, op, words))
                     except (UnavailableError, CodecError, TimeoutError) as error:
                         trouble = UnavailableError(f"{door[0]}:{door[1]} does not answer: {error}")
                         self._put_last(door)
         raise trouble
 
-    async def _said_at(self, door: tuple[str, int], op: str, words: object) -> dict[str, Any]:
+    async def _answer_of(self, door: tuple[str, int], op: str, words: object) -> dict[str, Any]:
         async with _dialled(*door, self._tls()) as (line, writer):
             if not self._may_be(name_of(writer.get_extra_info("ssl_object"))):
                 raise UnavailableError("no control plane is there")

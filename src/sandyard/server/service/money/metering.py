@@ -95,7 +95,7 @@ class Meter:
         self._prices = prices
         self._enforces = enforces
         self._posted_at: dict[str, float] = {}
-        self._told_at: dict[str, float] = {}
+        self._paused_logged_at: dict[str, float] = {}
         self._topping: set[str] = set()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -282,8 +282,8 @@ class Meter:
             except ConflictError:
                 continue  # it was settled meanwhile
         now = self._clock.monotonic()
-        if paused and now - self._told_at.get(org_id, -_TELL_EVERY_S) >= _TELL_EVERY_S:
-            self._told_at[org_id] = now
+        if paused and now - self._paused_logged_at.get(org_id, -_TELL_EVERY_S) >= _TELL_EVERY_S:
+            self._paused_logged_at[org_id] = now
             log.warning(
                 "credits are used up; pausing the organization's sandboxes",
                 extra={"org_id": org_id},

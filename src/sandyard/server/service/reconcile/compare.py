@@ -167,8 +167,8 @@ class Comparison:
         Raises:
             SandyardError: the store does not answer.
         """
-        told = self._nodes.last_heartbeat(self._node.node_id)
-        if self._calm is not None and self._is_calm(self._calm, mark, told):
+        heartbeat = self._nodes.last_heartbeat(self._node.node_id)
+        if self._calm is not None and self._is_calm(self._calm, mark, heartbeat):
             self.heard_at = self._clock.monotonic()
             return
         self._calm = None
@@ -201,21 +201,25 @@ class Comparison:
         if seen is not None and self._clock.now() - seen.seen_at > _AWAY:
             self._away_since = seen.seen_at
         snapshots = await self._compare(await self._caught_up(rows, report), report)
-        if told is not None:
-            self._calm = self._calmed(rows, report, snapshots, told)
+        if heartbeat is not None:
+            self._calm = self._calmed(rows, report, snapshots, heartbeat)
         self.heard_at = self._clock.monotonic()
 
-    def _is_calm(self, calm: "_Calm", mark: Mark | None, told: Heartbeat | None) -> bool:
+    def _is_calm(self, calm: "_Calm", mark: Mark | None, heartbeat: Heartbeat | None) -> bool:
         return (
             mark == calm.mark
-            and told is not None
-            and (told.epoch, told.view.generation) == calm.generation
+            and heartbeat is not None
+            and (heartbeat.epoch, heartbeat.view.generation) == calm.generation
             and self._clock.now() < calm.due_at
             and 0 <= self._clock.monotonic() - calm.since < _WHOLE_S
         )
 
     def _calmed(
-        self, rows: list[Standing], report: NodeReport, snapshots: list[Snapshot], told: Heartbeat
+        self,
+        rows: list[Standing],
+        report: NodeReport,
+        snapshots: list[Snapshot],
+        heartbeat: Heartbeat,
     ) -> "_Calm | None":
         """Return the state that lets the next comparison be skipped, or None if it may find
         something."""
@@ -244,7 +248,7 @@ class Comparison:
             updated_at=max((one.updated_at for one in rows), default=None),
             snapshots=len(snapshots),
         )
-        generation = (told.epoch, report.generation)
+        generation = (heartbeat.epoch, report.generation)
         since = self._clock.monotonic()
         return _Calm(mark, generation, min(ends, default=_NEVER), since)
 
@@ -655,6 +659,6 @@ def _due(sandbox: Standing) -> datetime | None:
     return sandbox.expires_at if is_due else None
 
 
-def _is_believed(now: int, told: int) -> bool:
+def _is_believed(now: int, reported: int) -> bool:
     """Tell whether a row's version may be what the node was shown before the row went back."""
-    return told - now <= _BEHIND_MAX and told <= _NUMBER_MAX
+    return reported - now <= _BEHIND_MAX and reported <= _NUMBER_MAX

@@ -278,14 +278,14 @@ class _Drive:
         self._piece = piece
         # A shell can lose a signal that arrives while it starts a program.
         self._waits = [_GRACE_S / 6] * 6 if self._language == "bash" else [_GRACE_S]
-        self._told: asyncio.Queue[Report | Exception] = asyncio.Queue(_WAITING_MAX)
+        self._reported: asyncio.Queue[Report | Exception] = asyncio.Queue(_WAITING_MAX)
         self.opened = asyncio.Event()
         self.failed: Exception | None = None
 
     async def reports(self) -> AsyncIterator[Report]:
         """Yield what the code reports, up to its end."""
         while True:
-            found = await self._told.get()
+            found = await self._reported.get()
             if isinstance(found, Exception):
                 raise found
             yield found
@@ -309,7 +309,7 @@ class _Drive:
 
     async def _fail(self, error: Exception) -> None:
         if self.opened.is_set():
-            await self._told.put(error)
+            await self._reported.put(error)
         self.failed = error
         self.opened.set()
 
@@ -363,9 +363,9 @@ class _Drive:
                     await to_the_end(self._contexts.renew(*self._where, run.pid))
                 report = Finished(CodeError("InterpreterEnded", str(error), ""))
             if isinstance(report, Finished):
-                await self._told.put(late if is_late else report)
+                await self._reported.put(late if is_late else report)
                 return
-            await self._told.put(report)
+            await self._reported.put(report)
 
     async def _stop(self, run: "_Run") -> None:
         """Interrupt code whose client has left, once it has begun, and if that is not enough

@@ -47,7 +47,7 @@ _CHANGES_MAX, _CHANGES_A_READING = 50_000, 2000
 _LABELS_MAX = 64
 _VERSION = re.compile(r"[0-9a-f-]{1,64}")
 WishT = TypeVar("WishT", bound=FileOperation | ops.OpenWatch)
-ToldT = TypeVar("ToldT")
+FactT = TypeVar("FactT")
 _USES: dict[type[FileOperation | ops.OpenWatch], Use] = {
     ops.MakeFolder: Use("file.created", "Directory created", "create a directory in"),
     ops.Move: Use("file.moved", "File moved", "move a file in"),
@@ -399,7 +399,7 @@ def _facts_of(payload: bytes) -> list[FileFact]:
     return [_cleaned(one) for one in _several_of(FileFact, payload)]
 
 
-def _several_of(kind: type[ToldT], payload: bytes) -> list[ToldT]:
+def _several_of(kind: type[FactT], payload: bytes) -> list[FactT]:
     try:
         found = json.loads(payload)
         if not isinstance(found, list):

@@ -193,8 +193,8 @@ def _effects(
         )
     elif before.status in BILLED and after.status not in BILLED:
         closes_at = min(now, ended_at or now)
-    is_said = after.status is not before.status
-    line = _changed(before.status, after, actor) if is_said else None
+    is_reported = after.status is not before.status
+    line = _changed(before.status, after, actor) if is_reported else None
     return Effects(line, opens, closes_at)
 
 
