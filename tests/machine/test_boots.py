@@ -15,7 +15,7 @@ from tests.support.server import COLD, RealServer, wait_until
 from sandyard.server.app.wiring import builder_of, images_of
 from sandyard.server.core.contracts.node import TemplateStatus
 from sandyard.server.core.errors import InternalError
-from sandyard.server.node.images.build import Builder
+from sandyard.server.node.images.build import Builder, BuildOptions
 from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.versions import Versions
 
@@ -66,7 +66,9 @@ async def test_a_build_that_fails_leaves_the_image_in_use(tmp_path: Path) -> Non
         versions=Versions(tmp_path / "versions"),
     )
     images.use("base-minimal", image.digest)
-    builder = Builder(images, cache_dir=tmp_path / "cache", logs_dir=tmp_path / "builds")
+    builder = Builder(
+        images, BuildOptions(cache_dir=tmp_path / "cache", logs_dir=tmp_path / "builds")
+    )
     with pytest.raises(InternalError, match=r"no-such-package-at-all|mmdebstrap"):
         await builder.build("base-minimal", progress=lambda _: None)
     assert images.get("base-minimal")[1] == image

@@ -18,7 +18,7 @@ from sandyard.server.app.wiring import images_of
 from sandyard.server.core.errors import InternalError
 from sandyard.server.node.images import inside
 from sandyard.server.node.images.additions import pack_template
-from sandyard.server.node.images.build import Builder
+from sandyard.server.node.images.build import Builder, BuildOptions
 from sandyard.server.node.images.confine import FIRST_ID, Bind, View
 from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.versions import Versions
@@ -342,7 +342,9 @@ async def test_a_hostile_build_ends_in_an_error_and_takes_nothing_from_the_host(
         versions=Versions(tmp_path / "versions"),
     )
     before = sorted(tmp_path.iterdir())
-    builder = Builder(images, cache_dir=tmp_path / "cache", logs_dir=tmp_path / "builds")
+    builder = Builder(
+        images, BuildOptions(cache_dir=tmp_path / "cache", logs_dir=tmp_path / "builds")
+    )
     with pytest.raises(InternalError, match="cannot finish the step"):
         await builder.build("hostile", progress=lambda _: None)
     log = (tmp_path / "builds/hostile.log").read_text()

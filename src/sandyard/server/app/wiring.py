@@ -29,7 +29,7 @@ from sandyard.server.node.host.identity import Identity, prefix_in, take_identit
 from sandyard.server.node.host.mounts import mounts_of
 from sandyard.server.node.host.network import host_routes
 from sandyard.server.node.host.paths import check_enterable
-from sandyard.server.node.images.build import Builder
+from sandyard.server.node.images.build import Builder, BuildOptions
 from sandyard.server.node.images.definitions import load_definitions
 from sandyard.server.node.images.images import Images
 from sandyard.server.node.images.versions import Versions
@@ -64,8 +64,7 @@ _PROXIES = [
 
 def builder_of(settings: Settings) -> Builder:
     """Return the builder of an installation's templates."""
-    return Builder(
-        images_of(settings),
+    options = BuildOptions(
         cache_dir=settings.cache_dir,
         logs_dir=settings.home / "builds",
         extra_ca=settings.node.extra_ca,
@@ -75,6 +74,7 @@ def builder_of(settings: Settings) -> Builder:
         network=settings.node.build_network,
         proxies={name: os.environ[name] for name in _PROXIES if name in os.environ},
     )
+    return Builder(images_of(settings), options)
 
 
 async def identity_of(settings: Settings) -> Identity:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -75,33 +76,30 @@ _LEFT_OUT = (
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class BuildOptions:
+    """How an installation builds its templates.
+
+    `network` is `own` or `host` (`confine.View`); `proxies` are environment variables for apt. The
+    kernel replaces the distribution's, unless the template's definition names another.
+    """
+
+    cache_dir: Path
+    logs_dir: Path
+    extra_ca: Path | None = None
+    kernel: Path | None = None
+    kernel_modules: Path | None = None
+    kernel_arguments: str = ""
+    network: str = "own"
+    proxies: Mapping[str, str] = field(default_factory=dict)
+
+
 class Builder:
     """Builds templates into an installation's images."""
 
-    def __init__(
-        self,
-        images: Images,
-        *,
-        cache_dir: Path,
-        logs_dir: Path,
-        extra_ca: Path | None = None,
-        kernel: Path | None = None,
-        kernel_modules: Path | None = None,
-        kernel_arguments: str = "",
-        network: str = "own",
-        proxies: Mapping[str, str] | None = None,
-    ) -> None:
-        """`network` is `own` or `host` (`confine.View`); `proxies` are environment variables for
-        apt."""
+    def __init__(self, images: Images, options: BuildOptions) -> None:
         self._images = images
-        self._network = network
-        self._proxies = proxies or {}
-        self._kernel = kernel
-        self._kernel_modules = kernel_modules
-        self._kernel_arguments = kernel_arguments
-        self._extra_ca = extra_ca
-        self._cache_dir = cache_dir
-        self._logs_dir = logs_dir
+        self._options = options
 
     async def build(self, slug: str, *, progress: Progress, again: bool = False) -> Image:
         """Bring a template up to date and return its image; if this fails, the old one stays in
@@ -118,22 +116,18 @@ class Builder:
         if definition is None:
             self._images.get(slug)
             raise AssertionError("unreachable")
-        _check_tools(self._network)
-        self._logs_dir.mkdir(parents=True, exist_ok=True)
-        log = self._logs_dir / f"{slug}.log"
+        _check_tools(self._options.network)
+        self._options.logs_dir.mkdir(parents=True, exist_ok=True)
+        log = self._options.logs_dir / f"{slug}.log"
         with log.open("w") as file:
             self._images.note_building(slug, os.getpid())
             try:
                 image = await _Build(
                     definition,
                     self._images,
-                    self._cache_dir,
+                    self._options,
                     _Report(file.write, progress),
-                    _certificates(self._extra_ca),
                     await in_thread(self._kernel_for, definition),
-                    arguments_for(self._kernel_arguments, definition),
-                    self._network,
-                    self._proxies,
                 ).run(again=again)
             except SandyardError as error:
                 message = f"{error.message}\n(the whole log is in {log})"
@@ -147,7 +141,7 @@ class Builder:
 
     def _kernel_for(self, definition: Definition) -> OwnKernel | None:
         """Return the kernel that replaces the distribution's in a template, if any."""
-        image, modules = self._kernel, self._kernel_modules
+        image, modules = self._options.kernel, self._options.kernel_modules
         if definition.kernel is not None:
             image, modules = definition.kernel, definition.kernel_modules
         if image is None:
@@ -176,23 +170,17 @@ class _Build:
         self,
         definition: Definition,
         images: Images,
-        cache_dir: Path,
+        options: BuildOptions,
         report: _Report,
-        certificates: Sequence[str],
         kernel: OwnKernel | None,
-        arguments: str,
-        network: str,
-        proxies: Mapping[str, str],
     ) -> None:
-        self._network = network
-        self._proxies = proxies
-        self._arguments = arguments
-        self._certificates = certificates
-        self._kernel = kernel
         self._definition = definition
         self._images = images
-        self._cache_dir = cache_dir
+        self._options = options
         self._report = report
+        self._kernel = kernel
+        self._arguments = arguments_for(options.kernel_arguments, definition)
+        self._certificates = _certificates(options.extra_ca)
 
     async def run(self, *, again: bool) -> Image:
         recipe = {
@@ -210,7 +198,7 @@ class _Build:
             # This does not depend on which source it was built from.
             self._report.step(f"{self._definition.slug} is up to date")
             return current
-        self._cache_dir.mkdir(parents=True, exist_ok=True)
+        self._options.cache_dir.mkdir(parents=True, exist_ok=True)
         source = await self._choose_source(again=again)
         inputs = recipe | {"source": _name_of(source)}
         if again:
@@ -245,11 +233,11 @@ class _Build:
             "source": _name_of(source),
             "packagesRecipe": _PACKAGES_RECIPE,
         }
-        return self._cache_dir / f"{_digest(packages)}.tar.zst"
+        return self._options.cache_dir / f"{_digest(packages)}.tar.zst"
 
     def _tools_archive(self, source: Source) -> Path:
         packages = {"toolsRecipe": _TOOLS_RECIPE, "source": _name_of(source)}
-        return self._cache_dir / f"tools-{_digest(packages)}.tar.zst"
+        return self._options.cache_dir / f"tools-{_digest(packages)}.tar.zst"
 
     async def _choose_source(self, *, again: bool) -> Source:
         """Return the source whose packages are cached, or else the first one that answers."""
@@ -265,7 +253,7 @@ class _Build:
 
     async def _is_reachable(self, source: Source) -> bool:
         self._report.step(f"asking for {source.os}")
-        with workshop(self._cache_dir, ".asking-") as work:
+        with workshop(self._options.cache_dir, ".asking-") as work:
             try:
                 await self._confined(
                     work,
@@ -277,7 +265,7 @@ class _Build:
                         "--aptopt=Acquire::Retries \"0\"",
                         source.suite, "-",
                     ],
-                    network=self._network,
+                    network=self._options.network,
                     limit_s=_REACH_LIMIT_S,
                 )  # fmt: skip
             except InternalError:
@@ -287,7 +275,7 @@ class _Build:
 
     async def _make_packages(self, source: Source, archive: Path) -> None:
         self._report.step(f"installing the packages of {source.os}")
-        with workshop(self._cache_dir, ".packages-") as work:
+        with workshop(self._options.cache_dir, ".packages-") as work:
             root = _tree(work)
             names = dict.fromkeys((*self._definition.packages, *source.packages))
             # The kernel package is unpacked, not installed: it would bring tools to build
@@ -304,14 +292,14 @@ class _Build:
                     source.suite, str(TREE),
                 ],
                 Bind(str(root), str(TREE), writable=True),
-                network=self._network,
+                network=self._options.network,
                 limit_s=_PACKAGES_LIMIT_S,
             )  # fmt: skip
             if self._definition.node is not None:
                 await self._add_node(self._definition.node, root, work)
             for step in self._definition.steps:
                 self._report.step(f"running: {step}")
-                await self._in_tree(work, ["/bin/sh", "-ec", step], network=self._network)
+                await self._in_tree(work, ["/bin/sh", "-ec", step], network=self._options.network)
             if self._definition.wheels:
                 await self._add_wheels(self._definition.wheels, work)
             await self._pack(work, root, archive)
@@ -320,7 +308,7 @@ class _Build:
         """Take the packages of the tools apart, without installing them: nothing is set up by
         them, and they are never upgraded."""
         self._report.step(f"fetching the tools of {source.os}")
-        with workshop(self._cache_dir, ".tools-") as work:
+        with workshop(self._options.cache_dir, ".tools-") as work:
             root = _tree(work)
             await self._confined(
                 work,
@@ -334,7 +322,7 @@ class _Build:
                     source.suite, str(TREE),
                 ],
                 Bind(str(root), str(TREE), writable=True),
-                network=self._network,
+                network=self._options.network,
                 limit_s=_PACKAGES_LIMIT_S,
             )  # fmt: skip
             await self._pack(work, root, archive)
@@ -499,7 +487,7 @@ class _Build:
         os.chown(scratch, FIRST_ID, FIRST_ID)
         tmp = Bind(str(scratch), "/tmp", writable=True)  # noqa: S108 - the view's own
         view = View(str(work / "view"), binds=(tmp, *binds), network=network)
-        await self._step(view, word, arguments, limit_s, self._proxies)
+        await self._step(view, word, arguments, limit_s, self._options.proxies)
 
     async def _step(
         self,
