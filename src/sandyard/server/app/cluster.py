@@ -168,6 +168,58 @@ class Cluster:
     door: int
 
 
+class _Trust:
+    """The certificate of a control plane, and the TLS contexts by which it asks and answers."""
+
+    def __init__(
+        self,
+        registrar: InstallationRegistrar,
+        store: Store,
+        clock: Clock,
+        *,
+        server_id: str,
+        folder: Path,
+    ) -> None:
+        self._registrar = registrar
+        self._store = store
+        self._clock = clock
+        self._server_id = server_id
+        self._folder = folder
+        self._papers = self._written(registrar.installation)
+        self.asks = context_of(self._papers, is_server=False)
+        self.answers = context_of(self._papers, is_server=True)
+        self.answers.verify_mode = ssl.CERT_OPTIONAL  # a joining host has no certificate yet
+
+    def _written(self, installation: Installation) -> Papers:
+        papers = installation.control_papers(self._server_id, self._clock.now())
+        return write_papers(self._folder, *papers, installation.trusted)
+
+    async def renew(self, link: Link) -> None:
+        """Renew the certificate in time, and trust what the installation trusts; never returns."""
+        renewed, is_due = self._clock.monotonic(), False
+        while True:
+            await self._clock.sleep(_LOOK_S)
+            try:
+                known = await ensure_installation(self._store, self._clock)
+                is_due = is_due or self._clock.monotonic() >= renewed + _RENEW_S
+                if known == self._registrar.installation and not is_due:
+                    continue
+                is_due = True
+                # What was trusted before stays so in this process: a context only ever takes more.
+                for one in (self.asks, self.answers):
+                    one.load_verify_locations(cadata=known.trusted.decode())
+                if link.tls is not None:
+                    link.tls.load_verify_locations(cadata=known.nats_trusted.decode())
+                self._registrar.installation = known
+                self._written(known)
+                for one in (self.asks, self.answers):
+                    one.load_cert_chain(self._papers.certificate, self._papers.key)
+            except (SandyardError, OSError) as error:
+                log.warning("cannot renew the certificate: %s; trying again", error)
+            else:
+                renewed, is_due = self._clock.monotonic(), False
+
+
 @asynccontextmanager
 async def open_cluster(
     settings: Settings, *, server_id: str, store: Store, clock: Clock
@@ -185,11 +237,8 @@ async def open_cluster(
             '["tls://10.0.0.5:4222"]; on one machine, `sandyard serve` needs none of it'
         )
     installation = await ensure_installation(store, clock)
-    folder = settings.home / "cluster"
-    first = installation.control_papers(server_id, clock.now())
-    papers = write_papers(folder, *first, installation.trusted)
-    asks, answers = context_of(papers, is_server=False), context_of(papers, is_server=True)
-    answers.verify_mode = ssl.CERT_OPTIONAL  # a host that is to join has no certificate yet
+    registrar = InstallationRegistrar(installation, own.nats, clock.now)
+    trust = _Trust(registrar, store, clock, server_id=server_id, folder=settings.home / "cluster")
     link = Link(
         own.nats,
         f"control {server_id}",
@@ -199,7 +248,6 @@ async def open_cluster(
     inbox = Inbox(link, server_id)
     roster = Roster(store, clock, can_hear=lambda: link.is_up, elapsed=boot_time)
     await roster.refresh()
-    registrar = InstallationRegistrar(installation, own.nats, clock.now)
     lifecycle = Lifecycle(store, LocalBus(clock), clock)
     fleet = Fleet(
         store, registrar, lifecycle, clock,
@@ -212,30 +260,6 @@ async def open_cluster(
             return None
         return NodeAddress(node.host, node.port, node_name(installation.id, node_id))
 
-    async def renew() -> None:
-        renewed, is_due = clock.monotonic(), False
-        while True:
-            await clock.sleep(_LOOK_S)
-            try:
-                known = await ensure_installation(store, clock)
-                is_due = is_due or clock.monotonic() >= renewed + _RENEW_S
-                if known == registrar.installation and not is_due:
-                    continue
-                is_due = True
-                # What was trusted before stays so in this process: a context only ever takes more.
-                for one in (asks, answers):
-                    one.load_verify_locations(cadata=known.trusted.decode())
-                if link.tls is not None:
-                    link.tls.load_verify_locations(cadata=known.nats_trusted.decode())
-                registrar.installation = known
-                write_papers(folder, *known.control_papers(server_id, clock.now()), known.trusted)
-                for one in (asks, answers):
-                    one.load_cert_chain(papers.certificate, papers.key)
-            except (SandyardError, OSError) as error:
-                log.warning("cannot renew the certificate: %s; trying again", error)
-            else:
-                renewed, is_due = clock.monotonic(), False
-
     async with (
         hinting(link, clock) as bus,
         registering(
@@ -244,17 +268,17 @@ async def open_cluster(
             on_change=lambda one: bus.hint_here(topic_of_node(one)),
             on_beat=roster.hear,
         ),
-        Tunnels(asks, place_of) as tunnels,
+        Tunnels(trust.asks, place_of) as tunnels,
         opened_door(
             fleet,
             address=own.host,
             port=own.port,
-            tls=answers,
+            tls=trust.answers,
             authority=lambda: registrar.installation.authority.certificate.decode(),
             node_of=installation.node_of,
         ) as door,
         linked(link),
-        concurrently(renew()),
+        concurrently(trust.renew(link)),
     ):
         yield Cluster(roster, RemoteNodes(roster, link, inbox), tunnels, bus, link, door)
 
